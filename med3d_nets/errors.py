@@ -1,0 +1,32 @@
+"""The error that a user can act on, and how a command line shows it."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+class InputError(ValueError):
+    """Input that the package refuses.
+
+    The message says what was found, what is allowed and what to do.
+    """
+
+
+def clear_errors() -> None:
+    """Let the running program end on an InputError with its message alone, exit code 1, in place of a traceback.
+
+    MONAI wraps what a config's expression raises, so the message would be lost in pages of its stack. Any other
+    exception is shown as always.
+    """
+    sys.excepthook = _show
+
+
+def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(f"\nError: {cause}", file=sys.stderr)

@@ -1,0 +1,141 @@
+"""Everything known about a depth or a weight file, as plain data.
+
+One record per depth and one per released file; the networks, the bundles, the tables in the documentation and the
+tests read them here and nowhere else. Sources: Chen, Ma, Zheng, "Med3D: Transfer Learning for 3D Medical Image
+Analysis", arXiv 1904.00625, and the MedicalNet release (MIT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One depth of the Med3D ResNet.
+
+    Attributes:
+        depth: name of the network, number of its weighted layers.
+        block: ``"basic"`` (two 3³ convolutions) or ``"bottleneck"`` (1³, 3³, 1³; four times the channels).
+        layers: number of blocks in layer1 to layer4.
+        shortcut: shortcut type of the released weights, ``"A"`` (no parameters) or ``"B"`` (1³ convolution).
+        encoder_parameters: number of parameters with the released shortcut and one input channel.
+        tensors: number of state-dict entries with the released shortcut.
+    """
+
+    depth: int
+    block: str
+    layers: tuple[int, int, int, int]
+    shortcut: str
+    encoder_parameters: int
+    tensors: int
+
+    @property
+    def expansion(self) -> int:
+        """Output channels of a block per channel of its 3³ convolution."""
+        return 4 if self.block == "bottleneck" else 1
+
+    @property
+    def feature_channels(self) -> tuple[int, int, int, int, int]:
+        """Channels of the five feature maps: stem, layer1, layer2, layer3, layer4."""
+        return (64, *(width * self.expansion for width in (64, 128, 256, 512)))  # type: ignore[return-value]
+
+
+DEPTHS: dict[int, Depth] = {
+    record.depth: record
+    for record in (
+        Depth(10, "basic", (1, 1, 1, 1), "B", 14_355_520, 72),
+        Depth(18, "basic", (2, 2, 2, 2), "A", 32_986_176, 102),
+        Depth(34, "basic", (3, 4, 6, 3), "A", 63_295_808, 198),
+        Depth(50, "bottleneck", (3, 4, 6, 3), "B", 46_155_072, 318),
+        Depth(101, "bottleneck", (3, 4, 23, 3), "B", 85_201_216, 624),
+        Depth(152, "bottleneck", (3, 8, 36, 3), "B", 117_359_936, 930),
+        Depth(200, "bottleneck", (3, 24, 36, 3), "B", 126_559_552, 1218),
+    )
+}
+
+SHORTCUT_TYPES = ("A", "B")
+OUTPUT_STRIDES = (8, 16, 32)
+
+# The paper's Table 1; the counts are the paper's.
+THREE_D_SEG_8 = (
+    "brain tumour (Decathlon Task01, 485 MRI)",
+    "hippocampus (Decathlon Task04, 261 MRI)",
+    "prostate (Decathlon Task05, 33 MRI)",
+    "liver (Decathlon Task03 = LiTS, 131 CT)",
+    "heart (Decathlon Task02, 100 MRI)",
+    "pancreas (Decathlon Task07, 282 CT)",
+    "vessel (Decathlon Task08, 304 CT)",
+    "spleen (Decathlon Task09, 42 CT)",
+)
+UNKNOWN_23 = ("unknown (the list of the 23 datasets was never published)",)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One released weight file: an encoder without a head.
+
+    Attributes:
+        name: file name without its suffix.
+        depth: depth of the network.
+        shortcut: shortcut type of the tensors.
+        output_stride: output stride that the weights were trained for.
+        size: bytes, None where only the hash is known.
+        sha256: hash of the file.
+        licence: SPDX identifier of the weights' licence.
+        datasets: what the weights were trained on.
+        note: anything else a user must know.
+    """
+
+    name: str
+    depth: int
+    shortcut: str
+    output_stride: int
+    size: int | None
+    sha256: str
+    licence: str
+    datasets: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def url(self) -> str:
+        """Address of the file in the authors' release."""
+        root = "https://huggingface.co/TencentMedicalNet"
+        return f"{root}/MedicalNet-Resnet{self.depth}/resolve/main/{self.name}.pth"
+
+
+def _released(name: str, size: int | None, sha256: str, note: str = "") -> Weight:
+    depth = int(name.split("_")[1])
+    datasets = UNKNOWN_23 if name.endswith("_23dataset") else THREE_D_SEG_8
+    return Weight(name, depth, DEPTHS[depth].shortcut, 8, size, sha256, "MIT", datasets, note)
+
+
+WEIGHTS: dict[str, Weight] = {
+    record.name: record
+    for record in (
+        _released("resnet_10", 57_456_599, "2824951eaef30e115929b89bec72342380b08d14792bda1449974ac849e497c0"),
+        _released(
+            "resnet_10_23dataset", 57_456_599, "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605"
+        ),
+        _released("resnet_18", 131_992_196, "38b3a17444c5c18a795355a868e6a2d9ce9318054067f5373d337f55c0f61da3"),
+        _released(
+            "resnet_18_23dataset", 131_992_196, "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4"
+        ),
+        _released("resnet_34", 253_276_232, "977a1be79298602fa35980de9c03789229ad36087fb1f4d9bde468aec653c658"),
+        _released(
+            "resnet_34_23dataset", 253_276_232, "3ea7188e396774e4ef95b66e5e90a78273bb33f6e58d3d717bf24f5f1aaeaa28"
+        ),
+        _released(
+            "resnet_50",
+            184_885_051,
+            "5b6189cafbee2f5604a7279b62bc163365aa6a86a377e1dc260a14275cacbd84",
+            note="hash of the copy in the authors' archive",
+        ),
+        _released(
+            "resnet_50_23dataset", 184_885_051, "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e"
+        ),
+        _released("resnet_101", 341_330_267, "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf"),
+        _released("resnet_152", None, "e96c459f5317ef2cbb898c91575402da2c78b31a31f55c5d28943683fe0626da"),
+        _released("resnet_200", 507_146_295, "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8"),
+    )
+}

@@ -1,0 +1,187 @@
+"""What an exactly resumable training needs beyond MONAI's handlers.
+
+MONAI's CheckpointSaver writes in place, so a run that is killed while it saves leaves a broken newest checkpoint; the
+writers here write to a temporary name and rename.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite import distributed as idist
+from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
+from torch import nn
+
+from med3d_nets.errors import InputError
+
+
+class RandomState:
+    """Handler that puts all randomness of a training into its checkpoints.
+
+    At the start of every epoch the transforms are seeded from torch's generator, so that the states of python, numpy
+    and torch at an epoch's end determine everything that follows.
+
+    Args:
+        dataset: training dataset whose random transforms are seeded.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed the transforms for the epoch that starts, differently in each process."""
+        set_rnd(self.dataset, int(torch.randint(2**31, (1,))) + idist.get_rank())
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of all generators, of types that load with ``weights_only=True``."""
+        name, keys, position, has_gauss, gauss = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": (str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, gauss),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set all generators to the states of ``state_dict``."""
+        random.setstate(state["python"])
+        name, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+        torch.set_rng_state(state["torch"].cpu())
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class BestModel:
+    """Validation handler that keeps the weights with the best key metric as a bare state dict.
+
+    Args:
+        path: file to write.
+        network: network to save.
+    """
+
+    def __init__(self, path: str | Path, network: nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.best = float("-inf")
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator of the validation."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Save when the key metric is better than ever before."""
+        score = float(engine.state.metrics[engine.state.key_metric_name])  # type: ignore[attr-defined]
+        if score > self.best:
+            self.best = score
+            if idist.get_rank() == 0:
+                _save(_bare(self.network).state_dict(), self.path)
+
+    def state_dict(self) -> dict[str, float]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint's best score."""
+        self.best = state["best"]
+
+
+class Checkpoints:
+    """Training handler that writes ``checkpoint_epoch=N.pt`` and, asked to resume, starts from the newest.
+
+    It comes last in the list of handlers: what the others draw from the random generators belongs to the epoch. It
+    takes the trainer that it is attached to, because a config cannot refer to the trainer among its own handlers.
+
+    Args:
+        folder: folder of the checkpoints; the last two are kept.
+        model_path: file for the bare state dict of the network, written along with every checkpoint.
+        network: network to save, also when wrapped for several processes.
+        objects: whatever else has a state (optimiser, scheduler, random states) by name.
+        interval: epochs between checkpoints.
+        resume: start from the newest checkpoint in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model_path: str | Path,
+        network: nn.Module,
+        objects: dict[str, Any],
+        interval: int = 1,
+        resume: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.model_path = Path(model_path)
+        self.network = network
+        self.objects = objects
+        self.interval = interval
+        self.resume_from = latest_checkpoint(folder) if resume else None
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def load(self, engine: Engine) -> None:
+        """Bring everything to the state of the checkpoint; nothing when not resuming."""
+        if self.resume_from is None:
+            return
+        max_epochs = engine.state.max_epochs
+        states = torch.load(self.resume_from, map_location="cpu", weights_only=True)
+        if states["trainer"]["iteration"] >= states["trainer"]["epoch_length"] * (max_epochs or 0):
+            raise InputError(f"{self.resume_from}: {max_epochs} epochs are done already. Raise max_epochs to go on.")
+        _bare(self.network).load_state_dict(states["network"])
+        for name, thing in self.objects.items():
+            thing.load_state_dict(states[name])
+        engine.load_state_dict(states["trainer"])
+        engine.state.max_epochs = max_epochs
+
+    def save(self, engine: Engine) -> None:
+        """Write the checkpoint and the weights, every ``interval`` epochs and after the last."""
+        epoch = engine.state.epoch
+        if (epoch % self.interval and epoch != engine.state.max_epochs) or idist.get_rank() != 0:
+            return
+        network = _bare(self.network).state_dict()
+        states = {name: thing.state_dict() for name, thing in self.objects.items()}
+        content = {"network": network, "trainer": dict(engine.state_dict()), **states}
+        _save(content, self.folder / f"checkpoint_epoch={epoch}.pt")
+        _save(network, self.model_path)
+        for old in _checkpoints(self.folder)[:-2]:
+            old.unlink()
+
+
+def latest_checkpoint(folder: str | Path) -> str:
+    """Path of the newest ``checkpoint_epoch=N.pt`` in a folder.
+
+    Raises:
+        InputError: there is none, so that nothing can be resumed.
+    """
+    found = _checkpoints(Path(folder))
+    if not found:
+        raise InputError(f"{folder}: no checkpoint to resume from. Check output_dir, or train without --resume.")
+    return str(found[-1])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint_epoch=*.pt"), key=lambda path: int(path.stem.split("=")[1]))
+
+
+def _bare(network: nn.Module) -> nn.Module:
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+def _save(content: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
