@@ -8,6 +8,7 @@ from __future__ import annotations
 from med3d_nets.datalist import read_datalist, split_by_patient
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.flexunet import Med3DEncoder
+from med3d_nets.inputs import CheckCTd, LoadVolumed, find_cases
 from med3d_nets.registry import DEPTHS, WEIGHTS
 from med3d_nets.resnet import Med3DResNet
 from med3d_nets.segmentation import SegmentationNet

@@ -20,10 +20,20 @@ from pydicom import Dataset, dcmread
 
 from med3d_nets.errors import InputError
 
-_TAGS = (
-    "Modality SeriesInstanceUID SeriesDescription Rows Columns NumberOfFrames SamplesPerPixel PixelSpacing "
-    "ImagePositionPatient ImageOrientationPatient SliceThickness SpacingBetweenSlices"
-).split()
+_TAGS = [
+    "Modality",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PixelSpacing",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+]
 _NO_VOLUME = ("SEG", "RTDOSE", "RTSTRUCT", "SR", "PR", "KO")  # objects about a series, often stored beside it
 _SAME_PLACE = 0.01  # mm
 _UNEVEN = 0.25  # largest distance of a slice from the regular grid, as a part of the slice distance
@@ -52,8 +62,8 @@ def series_grid(folder: Path) -> tuple[list[Path], tuple[int, int, int], NDArray
         folder: a folder whose DICOM images, with any file names, are the slices of one series.
 
     Returns:
-        The files in order along the slice normal; the shape (columns, rows, slices) in voxels; the 4 × 4 affine from
-        voxel index to millimetres in RAS, sheared if the gantry was tilted.
+        The files in order along the slice normal; the shape (columns, rows, slices) in voxels; the 4 × 4
+        affine from voxel index to millimetres in RAS, sheared if the gantry was tilted.
 
     Raises:
         InputError: no image, two series, slices missing, duplicate, unequal or uneven.
@@ -65,7 +75,7 @@ def series_grid(folder: Path) -> tuple[list[Path], tuple[int, int, int], NDArray
 
 
 def read_pixels(folder: Path, files: list[Path]) -> NDArray[np.float32]:
-    """Read the rescaled values (HU for CT) of slices in the given order, shape (columns, rows, slices), float32.
+    """Read the slices' rescaled values (HU for CT) in their order, float32, shape (columns, rows, slices).
 
     Raises:
         InputError: a file is truncated or cannot be decoded.
@@ -140,9 +150,7 @@ def _check_equal(folder: Path, slices: list[Slice]) -> None:
                 "Convert it to NIfTI (for example with dcm2niix) and give that file."
             )
         if int(header.get("SamplesPerPixel") or 1) > 1:
-            raise InputError(
-                f"{file}: has colour (RGB) pixels, CT has one value each. Give the original series."
-            )
+            raise InputError(f"{file}: has colour (RGB) pixels, CT has one value each. Give the original series.")
         if _size(header) != size:
             differ = f"sizes: {size[0]} x {size[1]} pixels and {_size(header)[0]} x {_size(header)[1]}"
         elif not np.allclose(_plane(file, header), plane, atol=1e-3):
@@ -183,8 +191,7 @@ def _numbers(file: Path, header: Dataset, name: str, count: int) -> NDArray[np.f
 def _stack(folder: Path, slices: list[Slice]) -> tuple[list[Slice], NDArray[np.float64]]:
     """The slices in order along their normal, and the RAS affine of the grid that they form."""
     plane = _plane(*slices[0])
-    normal = np.cross(plane[0], plane[1])
-    normal /= np.linalg.norm(normal) or 1.0  # 0 if the spacing is, which the caller refuses
+    normal = np.cross(*_numbers(*slices[0], "ImageOrientationPatient", 6).reshape(2, 3))
     places = np.array([_numbers(file, header, "ImagePositionPatient", 3) for file, header in slices])
     order = np.argsort(places @ normal, kind="stable")
     slices, places = [slices[i] for i in order], places[order]
@@ -217,9 +224,9 @@ def _check_distances(folder: Path, names: list[str], heights: NDArray[np.float64
     for i, distance in enumerate(distances):
         if distance > 1.5 * usual:
             raise InputError(
-                f"{folder}: missing slice (about {round(distance / usual) - 1 or 1}) between {heights[i]:.2f} "
-                f"({names[i]}) and {heights[i + 1]:.2f} mm ({names[i + 1]}): the gap is {distance:.2f} mm, "
-                f"the usual distance {usual:.2f} mm. Export the complete series."
+                f"{folder}: missing slice, about {round(distance / usual) - 1 or 1}, between "
+                f"{heights[i]:.2f} mm ({names[i]}) and {heights[i + 1]:.2f} mm ({names[i + 1]}): the gap is "
+                f"{distance:.2f} mm, the usual distance {usual:.2f} mm. Export the complete series."
             )
 
 

@@ -20,6 +20,7 @@ from skimage.segmentation import watershed
 LEFT, RIGHT = 1, 2
 LUNG_BELOW_HU = -400.0
 LUNG_ABOVE_AIR_HU = 40.0  # the median of emphysematous lung is that far above the same scanner's air, or farther
+BONE_ABOVE_HU = 220.0
 MIN_LUNG_ML = 15.0
 SURE_LUNG_ML = 100.0  # smaller pieces with a core of pure air are bowel
 MIN_PIECE_ML = 0.3
@@ -41,6 +42,7 @@ def label_lungs(image: np.ndarray, spacing: tuple[float, float, float]) -> np.nd
     """
     hu = np.asarray(image, dtype=np.float32)
     outside, air_hu = outside_air(hu, spacing)
+    hu = ndimage.gaussian_filter(hu, [0.8 / spacing[0], 0.8 / spacing[1], 0.0])  # fine, noisy pixels
     gas = (hu < LUNG_BELOW_HU) & ~outside
     airway = central_airway(hu, gas, spacing, air_hu)
     lungs = _lung_pieces(hu, gas & ~dilate(airway, spacing, 1.5), spacing, air_hu)
@@ -78,20 +80,18 @@ def central_airway(
     hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float
 ) -> np.ndarray:
     """Lumen of trachea and large bronchi: grown from round lumina in axial slices, stopped before it leaks."""
-    smooth = ndimage.gaussian_filter(hu, [0.8 / spacing[0], 0.8 / spacing[1], 0.0])
-    seeds = _tube_seeds(smooth, gas, spacing, air_hu)
+    seeds = _tube_seeds(hu, gas, spacing, air_hu)
     if not seeds.any():
         return seeds
     grown = seeds
     for limit in np.arange(air_hu + 20.0, -680.0, 20.0):
-        pieces, _ = ndimage.label(gas & ((smooth < limit) | seeds))
+        pieces, _ = ndimage.label(gas & ((hu < limit) | seeds))
         inside = np.unique(pieces[seeds])
         bigger = np.isin(pieces, inside[inside > 0])
         if _ml(bigger, spacing) > 1.4 * _ml(grown, spacing) + 6.0:
             break
         grown = bigger
-    wide = dilate(_erode(grown, spacing, 2.0), spacing, 2.5) & grown
-    return wide | seeds
+    return dilate(_erode(grown, spacing, 2.5), spacing, 3.0) & grown  # without the branches inside the lung
 
 
 def part_sides(
@@ -148,10 +148,10 @@ def _tube_seeds(
         pieces, _ = ndimage.label(gas[:, :, z] & (hu[:, :, z] < air_hu + 150.0))
         for piece in regionprops(pieces):
             size = piece.area * area_mm2
-            if not 40.0 < size < 700.0 or piece.solidity < 0.8:
+            if not 25.0 < size < 700.0 or piece.solidity < 0.8:
                 continue
             rows, columns = piece.coords.T
-            if np.median(hu[rows, columns, z]) < air_hu + 60.0:
+            if np.percentile(hu[rows, columns, z], 25) < air_hu + 60.0:
                 round_ones[rows, columns, z] = True
     return _long_chains(round_ones, spacing)
 
@@ -168,7 +168,7 @@ def _long_chains(mask: np.ndarray, spacing: tuple[float, float, float]) -> np.nd
 def _lung_pieces(
     hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float
 ) -> np.ndarray:
-    """Pieces of gas that are lung: large ones with lung's HU, and small ones near to those."""
+    """Pieces of gas that are lung: large ones with lung's HU, and small ones near to those and to a rib."""
     pieces, _ = ndimage.label(gas)
     sizes = np.bincount(pieces.ravel()) * float(np.prod(spacing)) / 1000.0
     large, small = np.zeros(gas.shape, bool), np.zeros(gas.shape, bool)
@@ -184,9 +184,12 @@ def _lung_pieces(
         (large if sizes[number] >= MIN_LUNG_ML else small)[where] |= piece
     if not large.any() or not small.any():
         return large
-    near, _ = ndimage.label(small)
-    touching = np.unique(near[dilate(large, spacing, 15.0) & small])
-    return large | np.isin(near, touching[touching > 0])
+    near, count = ndimage.label(small)
+    numbers = np.arange(1, count + 1)
+    to_lung = ndimage.distance_transform_edt(~large, sampling=spacing)
+    to_rib = ndimage.distance_transform_edt(hu < BONE_ABOVE_HU, sampling=spacing)
+    is_lung = (ndimage.minimum(to_lung, near, numbers) < 15.0) & (ndimage.median(to_rib, near, numbers) < 15.0)
+    return large | np.isin(near, numbers[is_lung])
 
 
 def _two_cores(lungs: np.ndarray, hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray | None:
@@ -199,17 +202,19 @@ def _two_cores(lungs: np.ndarray, hu: np.ndarray, spacing: tuple[float, float, f
         if cores is not None:
             return cores
     apart = _parted_slices(lungs & (hu < -600.0), spacing)
-    return _side_by_side(apart, spacing) if apart.sum() > 0.25 * lungs.sum() else None
+    return apart if (apart > 0).sum() > 0.25 * lungs.sum() else None
 
 
-def _side_by_side(core: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray | None:
+def _side_by_side(
+    core: np.ndarray, spacing: tuple[float, float, float], least: float = 0.1
+) -> np.ndarray | None:
     """The two largest pieces as LEFT and RIGHT, if both are large and lie beside each other."""
     pieces, count = ndimage.label(core)
     if count < 2:
         return None
     sizes = np.bincount(pieces.ravel())[1:]
     first, second = np.argsort(sizes)[::-1][:2] + 1
-    if sizes[second - 1] < 0.1 * sizes.sum():
+    if sizes[second - 1] < least * sizes.sum():
         return None
     a, b = (np.array(c) for c in ndimage.center_of_mass(core, pieces, [first, second]))
     gap = (b - a) * spacing[: core.ndim]
@@ -220,12 +225,12 @@ def _side_by_side(core: np.ndarray, spacing: tuple[float, float, float]) -> np.n
 
 
 def _parted_slices(lungs: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Only those axial slices in which the lungs do not touch."""
-    apart = np.zeros(lungs.shape, bool)
+    """LEFT and RIGHT in only those axial slices in which the lungs do not touch."""
+    apart = np.zeros(lungs.shape, np.uint8)
     for z in range(lungs.shape[2]):
-        cores = _side_by_side(lungs[:, :, z], spacing)
+        cores = _side_by_side(lungs[:, :, z], spacing, least=0.18)
         if cores is not None:
-            apart[:, :, z] = cores > 0
+            apart[:, :, z] = cores
     return apart
 
 
@@ -251,7 +256,7 @@ def _assign_rest(lungs: np.ndarray, sides: np.ndarray, spacing: tuple[float, flo
 def _fill(sides: np.ndarray, airway: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
     """Give vessels, small airways and holes to the lung that surrounds them."""
     filled = np.zeros(sides.shape, np.uint8)
-    forbidden = dilate(airway, spacing, 1.5)
+    forbidden = dilate(airway, spacing, 2.0)
     for side in (LEFT, RIGHT):
         if not (sides == side).any():
             continue

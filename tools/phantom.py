@@ -35,8 +35,9 @@ REGIONS: dict[str, tuple[tuple[float, float], tuple[float, float] | None]] = {
     "abdomen": ((-290, -230), (220, 320)),
     "apices": ((70, 130), (90, 160)),
     "slab": ((-110, 50), (40, 140)),
+    "crop": ((-80, 20), (160, 300)),  # a narrow field of view, often of one lung alone
 }
-_OFTEN = {"thorax": 0.6, "chest_abdomen": 0.14, "abdomen": 0.08, "apices": 0.06, "slab": 0.12}
+_OFTEN = {"thorax": 0.55, "chest_abdomen": 0.14, "abdomen": 0.08, "apices": 0.05, "slab": 0.1, "crop": 0.08}
 
 
 @dataclass
@@ -86,7 +87,7 @@ def make_phantom(
     image, label, body, drawn = _draw(space, patient, _diseases(rng, pathology))
     image = phantom_scanner.acquire(image, space, rng, body, noise)
     image, label = _thicken(image, label, fine)
-    image = phantom_scanner.cut(image, space, rng)
+    image = phantom_scanner.cut(image, label, space, rng)
     affine = np.diag([*map(float, spacing), 1.0])
     affine[:3, 3] = space.origin
     affine[2, 3] += (fine - 1) / 2 * space.spacing[2]
@@ -116,7 +117,7 @@ def make(
         count: number of phantoms.
         seed: seed of the first.
         spacing: voxel size in mm per axis.
-        region: "thorax", "chest_abdomen", "abdomen", "apices", "slab" or "random".
+        region: "thorax", "chest_abdomen", "abdomen", "apices", "slab", "crop" or "random".
         pathology: a disease's name, None or "random".
     """
     folder = Path(out)
@@ -172,11 +173,14 @@ def _space(
     size = np.array(size_mm, dtype=float)
     if length is not None:
         size[2] = rng.uniform(*length)
+    centre = np.array([rng.normal(0, 6), rng.normal(-8, 6), p.scale * rng.uniform(*middle)])
+    if region == "crop":
+        size[:2] = rng.uniform(150, 250, 2)
+        centre[:2] += rng.uniform([-80, -25], [80, 25])
     step = np.array(spacing, dtype=float)
     fine = max(1, int(np.ceil(step[2] / 3 - 1e-6))) if step[2] > 1.5 * step[0] else 1
     shape = np.maximum(np.rint(size / step), 2).astype(int) * [1, 1, fine]
     step[2] /= fine
-    centre = np.array([rng.normal(0, 6), rng.normal(-8, 6), p.scale * rng.uniform(*middle)])
     return Space(rng, shape, step, centre - (shape - 1) * step / 2, p.scale, rng.uniform(2, 6)), fine
 
 
@@ -186,10 +190,11 @@ def _draw(space: Space, p: anatomy.Patient, diseases: list[str]) -> tuple[Array,
     prone = bool(rng.random() < 0.05)
     cage, body = anatomy.cage(space, p), anatomy.body(space, p)
     body = phantom_tissue.add_limbs(space, p, body, arms)
+    skin = phantom_tissue.add_breasts(space, p, body) if rng.random() < 0.4 else body
     organs = anatomy.mediastinum(space, p)
     left, right, under = anatomy.lungs(space, p, organs.mediastinum)
     image = np.full(space.shape, -1000, dtype=np.float32)
-    phantom_tissue.draw_body(image, space, p, tissue, body, cage)
+    phantom_tissue.draw_body(image, space, p, tissue, body, cage, skin)
     phantom_tissue.draw_abdomen(image, space, p, tissue, cage, under)
     phantom_tissue.draw_mediastinum(image, space, p, tissue, organs)
     phantom_tissue.draw_bones(image, space, p, tissue, cage, arms)
@@ -198,18 +203,26 @@ def _draw(space: Space, p: anatomy.Patient, diseases: list[str]) -> tuple[Array,
     phantom_lungs.draw_fissures(lungs)
     for name in diseases:
         phantom_lungs.DISEASES[name](lungs)
-    paint(image, cover(lungs.both, space.edge), lungs.hu)
+    motion = np.float32(rng.uniform(0, 10) if rng.random() < 0.5 else 0)  # breathing blurs the diaphragm
+    moving = np.clip(1 - np.abs(under) / 15, 0, 1) * np.clip(-cage / 10 - 0.5, 0, 1)
+    paint(image, cover(lungs.both, space.edge + motion * moving), lungs.hu)
     if lungs.fluid is not None:
         paint(image, cover(lungs.fluid, space.edge), rng.uniform(0, 30))
     phantom_tissue.draw_airway(image, space, tissue, organs)
-    phantom_scanner.draw_table(image, space, rng, body, prone)
+    phantom_scanner.draw_table(image, space, rng, skin, prone)
     label = np.zeros(space.shape, dtype=np.uint8)
     label[lungs.sides[0] < 0] = 1
     label[lungs.sides[1] < 0] = 2
     for name in ("trachea", "right_bronchus", "left_bronchus"):
         label[organs.tubes[name] < 1] = 0
-    drawn = {"pathology": diseases, "arms": arms, "prone": prone, "blood_hu": tissue.blood, "scale": p.scale}
-    return image, label, body, drawn
+    drawn = {
+        "pathology": diseases,
+        "arms": arms,
+        "prone": prone,
+        "blood_hu": round(tissue.blood),
+        "scale": round(p.scale, 3),
+    }
+    return image, label, skin, drawn
 
 
 def _thicken(image: Array, label: NDArray[np.uint8], fine: int) -> tuple[Array, NDArray[np.uint8]]:

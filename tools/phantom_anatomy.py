@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from tools.phantom_shapes import Array, Patch, Space, lookup, noise, smooth_curve, smooth_min
+from tools.phantom_shapes import Array, Patch, Space, in_slabs, lookup, noise, smooth_curve, smooth_min
 
 LOW, HIGH = -460.0, 260.0  # range (mm of the patient) of the curves along the body
 
@@ -27,6 +27,7 @@ class Patient:
     apex: float = 95.0
     dome: tuple[float, float] = (-105.0, -95.0)
     recess: tuple[float, float] = (60.0, 60.0)
+    shift: float = -4.0
     square: float = 0.4
     fat: float = 15.0
     curves: dict[str, Array] = field(default_factory=dict)
@@ -34,24 +35,36 @@ class Patient:
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Patient:
         """Draw a patient."""
-        right = rng.uniform(-125, -62)
+        right = rng.uniform(-138, -72)
+        left = right - rng.uniform(-6, 22)
+        if rng.random() < 0.08:  # one half of the diaphragm stands high
+            left, right = (
+                (left + rng.uniform(25, 55), right) if rng.random() < 0.5 else (left, right + rng.uniform(25, 55))
+            )
         patient = cls(
             rng,
-            scale=float(np.clip(rng.normal(0.97, 0.08), 0.75, 1.15)),
-            width=rng.uniform(116, 138),
-            depth=rng.uniform(76, 102),
-            apex=rng.uniform(80, 108),
-            dome=(right - rng.uniform(-6, 22), right),
+            scale=float(np.clip(rng.normal(1.0, 0.08), 0.75, 1.18)),
+            width=rng.uniform(120, 146),
+            depth=rng.uniform(80, 110),
+            apex=rng.uniform(85, 114),
+            dome=(left, right),
             recess=(rng.uniform(40, 85), rng.uniform(40, 85)),
+            shift=rng.normal(-4, 4),
             square=rng.uniform(0.1, 0.7),
             fat=float(rng.choice([rng.uniform(3, 12), rng.uniform(8, 25), rng.uniform(20, 45)])),
         )
         patient.curves = _curves(patient)
         return patient
 
-    def along(self, name: str, w: Array) -> Array:
-        """A named measure at height `w`."""
-        return lookup(self.curves[name], w, LOW)
+    def along(self, name: str, space: Space) -> Array:
+        """A named measure at the height of each voxel."""
+        if name not in space.memory:
+            space.memory[name] = lookup(self.curves[name], space.w, LOW)
+        return space.memory[name]
+
+    def at(self, name: str, w: float) -> float:
+        """A named measure at one height."""
+        return float(lookup(self.curves[name], np.array([w], dtype=np.float32), LOW)[0])
 
 
 def _curves(p: Patient) -> dict[str, Array]:
@@ -91,6 +104,7 @@ def _curves(p: Patient) -> dict[str, Array]:
     }
 
 
+@in_slabs
 def squircle(u: Array, v: Array, a: Array, b: Array, square: float) -> Array:
     """Distance (along the ray from the centre) to an ellipse with half axes a and b, squarer as `square` nears 0.8."""
     x, y = (u / np.maximum(a, 0.5)) ** 2, (v / np.maximum(b, 0.5)) ** 2
@@ -100,17 +114,18 @@ def squircle(u: Array, v: Array, a: Array, b: Array, square: float) -> Array:
 
 def cage(space: Space, p: Patient) -> Array:
     """Distance to the inside of the rib cage, in the section."""
-    front, back = p.along("front", space.w), p.along("back", space.w)
+    front, back = p.along("front", space), p.along("back", space)
     middle, half = (front + back) / 2, (front - back) / 2
-    return squircle(space.u, space.v - middle, p.along("outer", space.w), half, p.square) * space.scale
+    wall = squircle(space.u, space.v - middle, p.along("outer", space), half, p.square)
+    return (wall + 3 * np.maximum(space.w - np.float32(p.apex + 4), 0)) * space.scale
 
 
 def body(space: Space, p: Patient) -> Array:
     """Distance to the skin, shoulders and arms left out."""
-    front, back = p.along("body_front", space.w), p.along("body_back", space.w)
+    front, back = p.along("body_front", space), p.along("body_back", space)
     middle, half = (front + back) / 2, (front - back) / 2
-    sdf = squircle(space.u, space.v - middle, p.along("body_width", space.w), half, p.square + 0.05)
-    return (sdf + 2.5 * noise(p.rng, space.shape, space.spacing, 60)) * space.scale
+    sdf = squircle(space.u, space.v - middle, p.along("body_width", space), half, p.square + 0.05)
+    return (sdf + np.float32(2.5) * noise(p.rng, space.shape, space.spacing, 60)) * space.scale
 
 
 def diaphragm(space: Space, p: Patient, side: int) -> Array:
@@ -119,11 +134,15 @@ def diaphragm(space: Space, p: Patient, side: int) -> Array:
     lateral = p.width - 58
     du = sign * space.u - rng.uniform(52, 64)
     dv = space.v - rng.uniform(0, 22)
-    du = du / np.where(du > 0, np.float32(lateral * rng.uniform(0.98, 1.1)), np.float32(rng.uniform(75, 105)))
-    dv = dv / np.where(dv > 0, np.float32(p.depth * rng.uniform(1.0, 1.25)), np.float32(p.depth * rng.uniform(1.0, 1.1)))
+    du = du / np.where(du > 0, np.float32(lateral * rng.uniform(1.02, 1.25)), np.float32(rng.uniform(75, 105)))
+    dv = dv / np.where(
+        dv > 0, np.float32(p.depth * rng.uniform(1.0, 1.25)), np.float32(p.depth * rng.uniform(1.0, 1.1))
+    )
     rho = np.minimum(du * du + dv * dv, np.float32(1.7))
     flat = np.float32(rng.uniform(0.25, 0.5))
     drop = np.float32(p.recess[side]) * (flat * rho + (1 - flat) * rho**3)
+    tilt = np.float32(rng.uniform(0.05, 0.35) * p.recess[side] / p.depth)
+    drop -= tilt * np.clip(space.v, -p.depth, p.depth)
     drop += np.float32(rng.uniform(0.5, 2.5)) * noise(rng, space.shape, space.spacing, 35)
     return p.dome[side] - drop - space.w
 
@@ -131,8 +150,8 @@ def diaphragm(space: Space, p: Patient, side: int) -> Array:
 def lung_cavity(space: Space, p: Patient, side: int) -> Array:
     """Distance to one pleural space, before the mediastinum and the diaphragm are taken away."""
     sign = 2 * side - 1
-    front, back, dome = p.along("front", space.w), p.along("back", space.w), p.along("dome", space.w)
-    inner, outer = p.along("inner", space.w), p.along("outer", space.w)
+    front, back, dome = p.along("front", space), p.along("back", space), p.along("dome", space)
+    inner, outer = p.along("inner", space), p.along("outer", space)
     middle, half = (front + back) / 2, (front - back) / 2
     sdf = squircle(sign * space.u - inner, space.v - middle, (outer - inner) * dome, half * dome, p.square)
     return sdf + (space.w > p.apex) * (space.w - p.apex)
@@ -149,27 +168,29 @@ def lungs(space: Space, p: Patient, middle: Array) -> tuple[Array, Array, Array]
         sign = 2 * side - 1
         seam = np.float32(p.rng.uniform(0.8, 2.2)) - sign * (space.u - _midline(space, p))
         sdf = np.maximum(np.maximum(cavity, under), seam * space.scale)
-        both.append(_one_piece(_to_distance(sdf, space)))
+        both.append(one_piece(_to_distance(sdf, space)))
         floors.append(under)
-    return both[0], both[1], np.minimum(floors[0], floors[1])
+    return both[0], both[1], np.maximum(floors[0], floors[1])
 
 
 def _septum(space: Space, p: Patient) -> Array:
     """Distance to the fat that parts the lungs in the middle: thin behind the breastbone, wide below the heart."""
-    rng, floor = p.rng, max(p.dome)
+    rng, floor = p.rng, min(max(p.dome), -56.0)  # the septum keeps its shape under a high dome
     knots = [floor - 60, floor - 10, floor + 30, -20, 15, 45, 75, 110]
     wide, thin = rng.uniform(8, 26), rng.uniform(0.5, 5)
-    ahead = smooth_curve(knots, [95, 45, wide, 0.5 * wide, thin, thin + 2, rng.uniform(16, 26), 28], LOW, HIGH)
+    ahead = smooth_curve(knots, [75, 30, wide, 0.5 * wide, thin, thin + 2, rng.uniform(16, 26), 28], LOW, HIGH)
     behind = smooth_curve(knots, [30, 22, *rng.uniform(5, 12, 4), 18, 28], LOW, HIGH)
-    half = np.where(space.v > 5, lookup(ahead, space.w, LOW), lookup(behind, space.w, LOW))
-    at_wall = np.maximum(space.v - p.along("front", space.w) + np.float32(rng.uniform(8, 25)), 0)
-    half += at_wall * np.float32(rng.uniform(0.2, 0.8))
+    part = np.clip((space.v + 8) / 30, 0, 1)
+    half = part * lookup(ahead, space.w, LOW) + (1 - part) * lookup(behind, space.w, LOW)
+    at_wall = np.maximum(space.v - p.along("front", space) + np.float32(rng.uniform(8, 25)), 0)
+    half += at_wall * np.float32(rng.uniform(0.2, 0.8)) + 2 * noise(rng, space.shape, space.spacing, 30)
     return (np.abs(space.u - _midline(space, p)) - half) * space.scale
 
 
 def _midline(space: Space, p: Patient) -> Array:
     """Where (u) the two lungs meet: behind the breastbone a little to the left, further down more so."""
-    return -4 + np.where(space.v > 0, np.minimum(space.w + 20, 0) * np.float32(0.25), 0).astype(np.float32)
+    ahead = np.clip((space.v + 8) / 30, 0, 1)
+    return np.float32(p.shift) + ahead * np.minimum(space.w + 20, 0) * np.float32(0.25)
 
 
 def _to_distance(f: Array, space: Space) -> Array:
@@ -179,7 +200,7 @@ def _to_distance(f: Array, space: Space) -> Array:
     return near / np.clip(slope, 0.5, 4).astype(np.float32)
 
 
-def _one_piece(sdf: Array) -> Array:
+def one_piece(sdf: Array) -> Array:
     """Take away crumbs: all but the largest connected part."""
     parts, count = ndimage.label(sdf < 0)
     if count > 1:
@@ -205,11 +226,11 @@ def mediastinum(space: Space, p: Patient) -> Organs:
     paths = great_vessels(p)
     tubes = {name: space.tube(points, radii, 30.0) for name, (points, radii) in paths.items()}
     floor = max(p.dome)
-    centre = np.array([rng.uniform(-26, -12), p.depth * rng.uniform(0.28, 0.42), max(floor + rng.uniform(34, 48), -75)])
-    size = np.array([rng.uniform(52, 70), rng.uniform(40, 52), rng.uniform(42, 54)])
+    centre = np.array([rng.uniform(-26, -12), p.depth * rng.uniform(0.28, 0.42), max(floor + rng.uniform(32, 46), -92)])
+    size = np.array([rng.uniform(48, 66), rng.uniform(36, 49), rng.uniform(38, 50) + max(0.0, -105 - floor) * 0.4])
     tilt = _rotation(rng.uniform(-0.5, -0.2), rng.uniform(0.2, 0.7))
     heart = space.ellipsoid(centre, size, tilt, reach=30)
-    ventricle = space.ellipsoid(centre + [-14, 4, -6], size * rng.uniform(0.45, 0.6), tilt, reach=4)
+    ventricle = space.ellipsoid(centre + np.array([-14, 4, -6]), size * rng.uniform(0.45, 0.6), tilt, reach=4)
     fat = np.float32(rng.uniform(1.0, 5.0))
     around = np.full(space.shape, 30, dtype=np.float32)
     fillet = rng.uniform(10, 22)
@@ -233,7 +254,8 @@ def spine_block(space: Space, p: Patient) -> Array:
     return smooth_min(np.maximum(block, space.v + np.float32(p.depth * 0.7)), rounder, 5) * space.scale
 
 
-Path = tuple[list[tuple[float, float, float]], list[float] | float]
+Line = list[tuple[float, float, float]]
+Path = tuple[Line, list[float] | float]
 
 
 def great_vessels(p: Patient) -> dict[str, Path]:
@@ -244,9 +266,14 @@ def great_vessels(p: Patient) -> dict[str, Path]:
     pa, air = rng.uniform(10, 15), rng.uniform(6.5, 10.5)
     bend = rng.uniform(-18, 8)
     low = min(p.dome) - 120
+    down: Line = [
+        (-25, back * 0.52, arch - 22),
+        (-25, back * 0.55, -30),
+        (-20, back * 0.52, -90),
+        (bend, back * 0.45, low),
+    ]
     aorta: Path = (
-        [(-4, 18, -42), (14, 24, -15), (12, 18, arch - 14), (0, 2, arch), (-16, back * 0.3, arch - 2)]
-        + [(-25, back * 0.52, arch - 22), (-25, back * 0.55, -30), (-20, back * 0.52, -90), (bend, back * 0.45, low)],
+        [(-4, 18, -42), (14, 24, -15), (12, 18, arch - 14), (0, 2, arch), (-16, back * 0.3, arch - 2), *down],
         [asc, asc, asc * 0.95, (asc + desc) / 2, desc * 1.05, desc, desc, desc * 0.95, desc * 0.85],
     )
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.phantom_anatomy import Patient
+from tools.phantom_anatomy import Patient, one_piece
 from tools.phantom_shapes import Array, Space, cover, noise, paint
 
 
@@ -53,22 +53,22 @@ def draw_vessels(lungs: Lungs, blood: float) -> None:
     rng = p.rng
     for side in (0, 1):
         sdf = lungs.sides[side]
-        for root, count in (((44, -18, -14), rng.integers(150, 420)), ((42, -10, -40), rng.integers(100, 300))):
-            found = np.flatnonzero(sdf < -4)
+        for root, count in (((44, -18, -14), rng.integers(250, 600)), ((42, -10, -40), rng.integers(150, 450))):
+            found = np.flatnonzero(sdf < -3)
             if len(found) < 500:
                 continue
             chosen = np.stack(np.unravel_index(rng.choice(found, count), sdf.shape), axis=1)
             targets = space.origin + chosen * space.spacing
             start = space.to_scanner([((2 * side - 1) * root[0], root[1], root[2])])[0]
             edges: list[tuple] = []
-            _grow(edges, start, targets, rng.uniform(0.42, 0.62), rng)
+            _grow(edges, start, targets, rng.uniform(0.45, 0.7), rng)
             _draw_tree(lungs, edges, blood, airway=root[2] > -30)
 
 
 def _grow(edges: list[tuple], start: np.ndarray, targets: np.ndarray, thick: float, rng: np.random.Generator) -> None:
     """Branch from `start` towards the targets: halve them across their longest direction until one is left."""
     count = len(targets)
-    radius = thick * count**0.37
+    radius = thick * count**0.4
     middle = targets.mean(axis=0)
     if count == 1:
         edges.append((start, targets[0], radius, 0.6 * radius))
@@ -123,7 +123,7 @@ def effusion(lungs: Lungs) -> None:
     for side in sides:
         base, tall = p.dome[side] - p.recess[side], rng.uniform(80, 260)
         high = rng.uniform(25, 95) * np.clip(1 - (space.w - base) / tall, 0, 1) ** 0.7
-        level = p.along("back", space.w) + high + (np.abs(space.u) - 60) ** 2 * np.float32(rng.uniform(0, 0.008))
+        level = p.along("back", space) + high + (np.abs(space.u) - 60) ** 2 * np.float32(rng.uniform(0, 0.008))
         level += 3 * noise(rng, space.shape, space.spacing, 40)
         above = (level - space.v) * np.float32(space.scale * 0.9)  # positive in the fluid
         above = np.where(high > 0, above, -25)
@@ -131,7 +131,7 @@ def effusion(lungs: Lungs) -> None:
         lungs.fluid = np.minimum(lungs.fluid, np.maximum(pleura, -above))
         pressed = np.exp(-np.maximum(-above, 0) / np.float32(rng.uniform(2, 14)))
         lungs.hu += pressed * np.float32(rng.uniform(0.3, 1.0)) * (20 - lungs.hu)
-        lungs.sides[side] = np.maximum(pleura, above)
+        lungs.sides[side] = one_piece(np.maximum(pleura, above))
 
 
 def consolidation(lungs: Lungs) -> None:
@@ -153,7 +153,7 @@ def ground_glass(lungs: Lungs) -> None:
     """Hazy patches through which the vessels show."""
     space, rng = lungs.space, lungs.patient.rng
     field = noise(rng, space.shape, space.spacing, rng.uniform(20, 60))
-    part = np.clip((field - np.float32(rng.uniform(0.2, 1.3))) * np.float32(rng.uniform(1, 4)), 0, 1)
+    part = np.clip((field - np.float32(rng.uniform(0.2, 1.3))) * np.float32(rng.uniform(0.6, 3)), 0, 1)
     lungs.hu += part * np.float32(rng.uniform(0.15, 0.6)) * (0 - lungs.hu)
 
 
@@ -174,7 +174,7 @@ def emphysema(lungs: Lungs) -> None:
     holes = np.clip((field - np.float32(rng.uniform(0.5, 1.5))) * 2, 0, 1)
     paint(lungs.hu, holes, np.minimum(lungs.hu, -985))
     for _ in range(int(rng.integers(0, 7))):
-        patch = _blob(lungs, rng.uniform(6, 30), wobble=0.1)
+        patch = _blob(lungs, float(np.exp(rng.uniform(1.6, 3.3))), wobble=0.1)
         if patch is not None:
             view = lungs.hu[patch[0]]
             paint(view, cover(patch[1] - np.float32(0.7), space.edge) * np.float32(0.5), -400)

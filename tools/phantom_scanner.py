@@ -1,8 +1,9 @@
-"""The scanner of the synthetic CT: table and clothes, then slice thickness, kernel, noise, streaks and the cut of the image."""
+"""The scanner of the synthetic CT: table and clothes, then slice thickness, kernel, noise and padding."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from tools.phantom_shapes import Array, Space, cover, noise, paint
@@ -52,13 +53,14 @@ def acquire(image: Array, space: Space, rng: np.random.Generator, body: Array, l
     return image * np.float32(rng.normal(1, 0.008)) + np.float32(rng.normal(0, 5))
 
 
-def cut(image: Array, space: Space, rng: np.random.Generator) -> Array:
-    """Clip to what scanners store; sometimes only a circle is reconstructed and the corners are padded."""
+def cut(image: Array, label: NDArray[np.uint8], space: Space, rng: np.random.Generator) -> Array:
+    """Clip to what scanners store; sometimes only a circle is reconstructed and all outside it is padded."""
     image = np.clip(image, rng.choice([-1024, -1024, -1100]), 3071)
     if rng.random() < 0.35:
         x, y, _ = space.axes
-        reach = min(x[-1] - x[0], y[-1] - y[0]) / 2 * rng.choice([1.0, rng.uniform(1.0, 1.25)])
+        reach = max(x[-1] - x[0], y[-1] - y[0]) / 2 * rng.uniform(0.94, 1.06)
         away = np.hypot(x[:, None] - (x[0] + x[-1]) / 2, y - (y[0] + y[-1]) / 2)
+        label[away > reach] = 0
         image[away > reach] = rng.choice([-1024, -2000, -2048, -3024])
     return image
 

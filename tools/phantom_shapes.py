@@ -8,14 +8,18 @@ own coordinates (u to the right, v to the front, w to the head, in mm, 0 at the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+from scipy.interpolate import PchipInterpolator
 
 Array = NDArray[np.float32]
+Numbers = Sequence[float] | NDArray[Any]
 Slices = tuple[slice, slice, slice]
 
 
@@ -41,9 +45,9 @@ class Space:
     def __init__(
         self,
         rng: np.random.Generator,
-        shape: Sequence[int],
-        spacing: Sequence[float],
-        origin: Sequence[float],
+        shape: Numbers,
+        spacing: Numbers,
+        origin: Numbers,
         scale: float = 1.0,
         bend: float = 5.0,
     ) -> None:
@@ -57,6 +61,7 @@ class Space:
         self._bends = [
             bend * noise(rng, self.shape, spacing, s) for s in (rng.uniform(70, 130), rng.uniform(60, 120), 110)
         ]
+        self.memory: dict[str, Array] = {}  # fields that several drawers need
         grid = np.meshgrid(*self.axes, indexing="ij", sparse=True)
         self.u, self.v, self.w = ((g + b) / np.float32(scale) for g, b in zip(grid, self._bends, strict=True))
 
@@ -130,16 +135,42 @@ class Space:
                 np.minimum(sdf[patch.where], patch.sdf, out=sdf[patch.where])
 
 
-def cover(sdf: Array, edge: float) -> Array:
-    """The part of each voxel (0..1) that a shape fills."""
-    return np.clip(np.float32(0.5) - sdf / np.float32(edge), 0, 1)
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Parts of the first axis, of about 65,000 voxels each."""
+    step = max(1, 2**16 // max(1, math.prod(shape[1:])))
+    return (slice(i, i + step) for i in range(0, shape[0], step))
+
+
+def in_slabs(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Let an elementwise function take volumes a few slabs at a time: the intermediate results stay in the cache."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Array:
+        whole = next((a.shape for a in args if isinstance(a, np.ndarray) and a.ndim == 3), None)
+        if whole is None:
+            return function(*args)
+        out = np.empty(whole, dtype=np.float32)
+        for slab in _slabs(whole):
+            out[slab] = function(*(a[slab] if isinstance(a, np.ndarray) and a.ndim == 3 else a for a in args))
+        return out
+
+    return run
+
+
+@in_slabs
+def cover(sdf: Array, edge: float | Array) -> Array:
+    """The part of each voxel (0..1) that a shape fills, its edge blurred over `edge` mm."""
+    return np.clip(np.float32(0.5) - sdf / np.asarray(edge, dtype=np.float32), 0, 1)
 
 
 def paint(image: Array, part: Array, value: float | Array) -> None:
     """Lay `value` (HU) over the image, in place, where `part` (0..1) says."""
-    image += part * (value - image)
+    for slab in _slabs(image.shape):
+        view = image[slab]
+        view += part[slab] * ((value[slab] if isinstance(value, np.ndarray) else np.float32(value)) - view)
 
 
+@in_slabs
 def smooth_min(a: Array, b: Array, k: float) -> Array:
     """Union of two shapes with a fillet of about `k` mm."""
     h = np.maximum(np.float32(k) - np.abs(a - b), 0)
@@ -148,12 +179,11 @@ def smooth_min(a: Array, b: Array, k: float) -> Array:
 
 def smooth_curve(xs: Sequence[float], ys: Sequence[float], low: float, high: float) -> Array:
     """A curve through knots, tabled every 0.5 from `low` to `high` for `lookup`; flat beyond the knots."""
-    from scipy.interpolate import PchipInterpolator
-
     at = np.clip(np.arange(low, high, 0.5), xs[0], xs[-1])
     return np.asarray(PchipInterpolator(xs, ys)(at), dtype=np.float32)
 
 
+@in_slabs
 def lookup(table: Array, at: Array, low: float) -> Array:
     """Values of a table made by `smooth_curve`, linear between its entries."""
     place = np.clip((at - np.float32(low)) * 2, 0, len(table) - 1.001)
@@ -162,7 +192,7 @@ def lookup(table: Array, at: Array, low: float) -> Array:
     return table[index] * (1 - part) + table[index + 1] * part
 
 
-def noise(rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float], scale_mm: float) -> Array:
+def noise(rng: np.random.Generator, shape: tuple[int, ...], spacing: Numbers, scale_mm: float) -> Array:
     """Smooth random field of mean about 0 and standard deviation about 1, `scale_mm` between its hills."""
     knots = [int(np.ceil(n * d / scale_mm)) + 4 for n, d in zip(shape, spacing, strict=True)]
     field = rng.standard_normal(knots).astype(np.float32)

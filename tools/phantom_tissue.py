@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tools.phantom_anatomy import LOW, Organs, Patient
 from tools.phantom_shapes import Array, Slices, Space, cover, lookup, noise, paint, smooth_min
@@ -40,7 +41,7 @@ def add_limbs(space: Space, p: Patient, body: Array, arms: str) -> Array:
     rng = p.rng
     if arms == "none":
         return body
-    wide = float(lookup(p.curves["body_width"], np.float32([0.0]), LOW)[0])
+    wide = p.at("body_width", 0.0)
     thick = rng.uniform(36, 46) + 0.3 * p.fat
     for sign in (-1, 1):
         root, joint = (sign * 50, -20, p.apex + 2), (sign * (wide + 2), -14, p.apex - 4)
@@ -52,18 +53,35 @@ def add_limbs(space: Space, p: Patient, body: Array, arms: str) -> Array:
     return body
 
 
-def draw_body(image: Array, space: Space, p: Patient, t: Tissue, body: Array, cage: Array) -> None:
+def add_breasts(space: Space, p: Patient, body: Array) -> Array:
+    """Join breasts to the body's distance."""
+    rng = p.rng
+    size, low, apart = rng.uniform(32, 68), rng.uniform(-50, 10), rng.uniform(62, 85)
+    body = body.copy()
+    for sign in (-1, 1):
+        centre = (sign * apart, p.at("body_front", low) - 0.45 * size + rng.normal(0, 3), low)
+        patch = space.ellipsoid(centre, (size * 1.1, size * rng.uniform(0.7, 1.1), size * 1.1), reach=20)
+        if patch is not None:
+            body[patch.where] = smooth_min(body[patch.where], patch.sdf, 12)
+    return body
+
+
+def draw_body(image: Array, space: Space, p: Patient, t: Tissue, body: Array, cage: Array, skin: Array) -> None:
     """Skin, fat under the skin, muscle and the fat between the organs."""
     rng = p.rng
     hills = noise(rng, space.shape, space.spacing, 35)
-    paint(image, cover(body, space.edge), 20)
-    paint(image, cover(body + np.float32(2), space.edge), t.fat + 12 * noise(rng, space.shape, space.spacing, 6))
+    paint(image, cover(skin, space.edge), 20)
+    paint(image, cover(skin + np.float32(2), space.edge), t.fat + 12 * noise(rng, space.shape, space.spacing, 6))
+    gland = np.maximum(skin + 6, np.float32(2) - body) + 6 * hills - np.float32(rng.uniform(-8, 5))
+    paint(image, cover(gland, 4), 20)
     thick = p.fat * (1 + np.float32(0.3) * hills) + 3
     layers = np.float32(rng.uniform(9, 13)) + 3 * hills
     strands = cover(np.float32(1.0) - np.abs(cage - layers), 1.5) * (cage > 4)
     muscle = t.muscle + 8 * noise(rng, space.shape, space.spacing, 9)
     paint(image, cover(body + thick, space.edge) * strands, muscle)
     paint(image, cover(cage + np.float32(rng.uniform(-1, 3)), space.edge), t.fat)
+    above = np.clip((space.w - np.float32(p.apex - 50)) / 15, 0, 1)  # around the tops of the lungs: muscles in fat
+    paint(image, cover(cage, space.edge) * above * cover(-6 * hills - 2, 4), muscle)
 
 
 def draw_mediastinum(image: Array, space: Space, p: Patient, t: Tissue, organs: Organs) -> None:
@@ -108,13 +126,22 @@ def draw_abdomen(image: Array, space: Space, p: Patient, t: Tissue, cage: Array,
     liver = np.maximum(liver, end - space.w + 10 * hills + np.float32(0.4) * (space.v + 40))
     paint(image, cover(liver, edge), t.liver + 6 * noise(rng, space.shape, space.spacing, 12))
     for side in (-1, 1):
-        _organ(image, space, (side * 58, -0.5 * p.depth, right - rng.uniform(105, 150)), (26, 24, 55), t.liver + 20, inside)
-    _organ(image, space, (-90, -0.45 * p.depth, left - rng.uniform(45, 70)), (30, 42, rng.uniform(42, 65)), t.liver + 5, inside)
+        _organ(
+            image, space, (side * 58, -0.5 * p.depth, right - rng.uniform(105, 150)), (26, 24, 55), t.liver + 20, inside
+        )
+    _organ(
+        image,
+        space,
+        (-90, -0.45 * p.depth, left - rng.uniform(45, 70)),
+        (30, 42, rng.uniform(42, 65)),
+        t.liver + 5,
+        inside,
+    )
     centre = (rng.uniform(-62, -40), p.depth * rng.uniform(0.1, 0.4), left - rng.uniform(35, 60))
     _hollow(image, space, p, centre, rng.uniform([30, 30, 30], [48, 48, 58]), inside)
-    for _ in range(int(rng.integers(8, 30))):
-        low = (rng.uniform(-105, 105), p.depth * rng.uniform(-0.2, 0.8), rng.uniform(end - 160, end + 20))
-        _hollow(image, space, p, low, rng.uniform(11, 30, 3), inside)
+    for _ in range(int(rng.integers(20, 60))):
+        low = (rng.uniform(-105, 105), p.depth * rng.uniform(-0.2, 0.8), rng.uniform(end - 230, end + 25))
+        _hollow(image, space, p, low, rng.uniform(11, 34, 3), inside)
     if rng.random() < 0.7:  # the colon's left bend lies right under the diaphragm
         high = (rng.uniform(-105, -70), p.depth * rng.uniform(-0.1, 0.6), left - rng.uniform(30, 60))
         _hollow(image, space, p, high, rng.uniform(18, 30, 3), inside)
@@ -126,7 +153,7 @@ def _organ(image: Array, space: Space, centre: tuple, radii: tuple, value: float
         paint(image[patch.where], cover(np.maximum(patch.sdf, inside[patch.where]), space.edge), value)
 
 
-def _hollow(image: Array, space: Space, p: Patient, centre: tuple, radii: Array, inside: Array) -> None:
+def _hollow(image: Array, space: Space, p: Patient, centre: tuple, radii: NDArray[np.float64], inside: Array) -> None:
     """Stomach or a loop of bowel: wall, fluid or faeces, and gas on top."""
     patch = space.ellipsoid(centre, radii)
     if patch is None:
@@ -146,27 +173,33 @@ def _hollow(image: Array, space: Space, p: Patient, centre: tuple, radii: Array,
 def draw_bones(image: Array, space: Space, p: Patient, t: Tissue, cage: Array, arms: str) -> None:
     """Ribs, breastbone, collar bones, shoulder blades, arms' bones and the vertebral column."""
     rng = p.rng
-    long, flat = np.full((2, *space.shape), 9, dtype=np.float32)
+    long = np.full(space.shape, 9, dtype=np.float32)
     first, pitch = p.apex - rng.uniform(2, 10), rng.uniform(21, 26)
     for k in range(12):
         for sign in (-1, 1):
             space.add_tube(long, _rib(p, k, first - k * pitch, sign), rng.uniform(4, 5.5), 4)
     for sign in (-1, 1):
-        front = float(lookup(p.curves["front"], np.float32([p.apex - 25]), LOW)[0])
-        ends = [(sign * 18, front + 12, p.apex - 25), (sign * 70, front + 4, p.apex - 2), (sign * 135, -12, p.apex + 12)]
+        front = p.at("front", p.apex - 25)
+        ends = [
+            (sign * 18, front + 12, p.apex - 25),
+            (sign * 70, front + 4, p.apex - 2),
+            (sign * 135, -12, p.apex + 12),
+        ]
         space.add_tube(long, ends, 6, 4)
         if arms != "none":
-            wide = float(lookup(p.curves["body_width"], np.float32([0.0]), LOW)[0])
+            wide = p.at("body_width", 0.0)
             space.add_tube(long, [(sign * wide, -14, p.apex - 4), (sign * (wide - 8), -14, p.apex - 8)], 22, 4)
             end = (sign * (wide + 50), -12, -280) if arms == "down" else (sign * wide * 0.95, 10, p.apex + 200)
             space.add_tube(long, [(sign * wide, -14, p.apex - 4), end], 10, 4)
-    blade = np.abs(cage - np.float32(rng.uniform(13, 18)) - 2 * noise(rng, space.shape, space.spacing, 40)) - np.float32(2.2)
+    blade = np.abs(
+        cage - np.float32(rng.uniform(13, 18)) - 2 * noise(rng, space.shape, space.spacing, 40)
+    ) - np.float32(2.2)
     away = np.abs(space.u)
     limits = (np.float32(58) - away, space.w - np.float32(p.apex - 5), np.float32(rng.uniform(-25, 10)) - space.w)
     for limit in (*limits, space.v + np.float32(30), away - np.float32(p.width + 22)):
         blade = np.maximum(blade, limit)
-    front = p.along("front", space.w)
-    plate = np.maximum(np.abs(space.u) - np.float32(rng.uniform(14, 20)), np.abs(space.v - front - np.float32(7)) - 5)
+    ahead = p.along("front", space)
+    plate = np.maximum(np.abs(space.u) - np.float32(rng.uniform(14, 20)), np.abs(space.v - ahead - np.float32(7)) - 5)
     top = p.apex - rng.uniform(30, 45)
     plate = np.maximum(plate, np.maximum(space.w - np.float32(top), np.float32(top - rng.uniform(140, 170)) - space.w))
     for sdf in (long, np.minimum(blade, plate)):
@@ -206,13 +239,13 @@ def _spine(image: Array, space: Space, p: Patient, t: Tissue) -> None:
     paint(view, rim, bone.astype(np.float32))
     back = v - centre + np.float32(25)
     canal = np.hypot(u, back) - np.float32(8.5)
-    arch = np.maximum(canal - 4, np.float32(0.25) - np.abs(q - np.float32(0.55)) - np.float32(0.05))
     spinous = np.maximum(np.abs(u) - 3, np.maximum(back + 10, -np.float32(30) - back))
     spinous = np.maximum(spinous, (np.abs(np.mod(q - back / 60, 1) - np.float32(0.5)) - np.float32(0.22)) * pitch)
-    across = np.maximum(np.abs(back + 3) - 4.5, (np.abs(q - np.float32(0.65)) - np.float32(0.18)) * pitch)
+    across = np.maximum(
+        np.abs(back - 1 + np.abs(u) * np.float32(0.3)) - 3.5, (np.abs(q - np.float32(0.65)) - np.float32(0.18)) * pitch
+    )
     across = np.maximum(across, np.abs(u) - np.float32(30))
     for part in (np.where(np.abs(q - 0.55) < 0.42, canal - 3.5, np.float32(5)), spinous, across):
         paint(view, cover(part, space.edge), 0.7 * t.bone)
         paint(view, cover(part + np.float32(2), space.edge), bone.astype(np.float32))
-    del arch
     paint(view, cover(canal, space.edge), 25)

@@ -1,0 +1,46 @@
+# make demo [CT=path]   segment a chest CT: a synthetic one, or yours (file, folder, DICOM series)
+# make test             the test suite
+# make test-slow        the tests marked slow
+# make check            lint, types, and the bundles against their source
+# make weights DATA=…   train the shipped lung weights anew (see docs/training.md)
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+BUNDLE ?= lung_ct_segmentation_resnet10
+OUT ?= demo/result
+CT ?=
+
+.PHONY: demo test test-slow check venv clean
+
+venv: $(VENV)/.installed
+
+# torch first and pinned: with a torch in place no other package pulls in its CUDA build.
+$(VENV)/.installed: constraints.txt setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv
+	@if [ -z "$(CT)" ]; then mkdir -p demo && $(PY) -m tools.phantom sample demo/chest_ct.nii.gz; fi
+	$(PY) -m monai.bundle run \
+	    --config_file bundles/$(BUNDLE)/configs/inference.json --logging_file bundles/$(BUNDLE)/configs/logging.conf \
+	    --bundle_root bundles/$(BUNDLE) --dataset_dir "$(or $(CT),demo/chest_ct.nii.gz)" --output_dir "$(OUT)"
+	@echo; echo "Mask, picture and volumes are in $(OUT):"; ls -1 "$(OUT)"
+
+test: venv
+	$(PY) -m pytest -m "not slow"
+
+test-slow: venv
+	$(PY) -m pytest -m slow
+
+check: venv
+	$(PY) -m ruff format --check med3d_nets tools tests
+	$(PY) -m ruff check med3d_nets tools tests
+	$(PY) -m mypy
+	$(PY) -m tools.bundles make --check
+	$(PY) -m tools.bundles check bundles/*
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
