@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,29 +23,32 @@ def read_datalist(dataset_dir: str | Path, section: str = "training", patient_pa
         dataset_dir: folder with ``dataset.json``.
         section: list to read; entries are ``{"image": …, "label": …}`` with paths relative to the folder, and
             optionally ``"patient"`` (for splits) and ``"weight"`` (for sampling).
-        patient_pattern: regular expression whose first group in the image's file name is the patient; used for
-            entries without ``"patient"``. Empty: every case is a patient of its own.
+        patient_pattern: regular expression whose first group, found in the image's file name without suffix, is
+            the patient; used for entries without ``"patient"``. Empty: every case is a patient of its own.
 
     Returns:
-        Cases with absolute ``image`` and ``label`` paths, ``case`` (file name without suffix), ``patient``, ``weight``.
+        Cases with absolute ``image`` and ``label`` paths, ``case`` (file name without suffix, or path where that
+        is not unique), ``patient``, ``weight``.
 
     Raises:
-        InputError: no folder, no or broken ``dataset.json``, no such section, or a file that is not there.
+        InputError: no folder, no or broken ``dataset.json``, no such section, a file that is not there or is listed
+            twice, or a file name without patient.
     """
     path = Path(dataset_dir) / "dataset.json"
     if not path.is_file():
-        raise InputError(f"{dataset_dir}: no dataset.json in it. A folder in Medical Segmentation Decathlon layout is needed.")
-    try:
-        entries = json.loads(path.read_text())[section]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no list '{section}' can be read from it ({error!r}).") from error
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: the list '{section}' is empty.")
-    return [_case(path, entry, patient_pattern) for entry in entries]
+        raise InputError(
+            f"{dataset_dir}: no dataset.json in it. Give a folder in Medical Segmentation Decathlon layout."
+        )
+    entries = _read_section(path, section)
+    cases = [_case(path, entry) for entry in entries]
+    for case, name in zip(cases, _unique_names(path, cases), strict=True):
+        case["case"] = name
+        case["patient"] = str(case["patient"]) if "patient" in case else _patient(case, patient_pattern)
+    return cases
 
 
 def split_by_patient(
-    cases: Sequence[Case], val_fraction: float = 0.2, seed: int = 0, val_patients: Sequence[str] = ()
+    cases: Sequence[Case], val_fraction: float = 0.2, seed: int = 0, val_patients: str | Sequence[str] = ()
 ) -> tuple[list[Case], list[Case]]:
     """Part cases into training and validation so that no patient is in both.
 
@@ -51,7 +56,7 @@ def split_by_patient(
         cases: cases of ``read_datalist``.
         val_fraction: share of patients for validation, 0 to below 1; at least one patient unless it is 0.
         seed: of the random choice of patients.
-        val_patients: the validation patients by name; overrides fraction and seed.
+        val_patients: the validation patients by name, or one name; overrides fraction and seed.
 
     Returns:
         Training cases, validation cases; each in the order given.
@@ -61,10 +66,10 @@ def split_by_patient(
     """
     patients = sorted({case["patient"] for case in cases})
     if val_patients:
-        unknown = sorted(set(val_patients) - set(patients))
+        chosen = {val_patients} if isinstance(val_patients, str) else {str(patient) for patient in val_patients}
+        unknown = sorted(chosen - set(patients))
         if unknown:
             raise InputError(f"val_patients {unknown} are not in the data. Its patients: {', '.join(patients)}.")
-        chosen = set(val_patients)
     else:
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction}: allowed is 0 to below 1.")
@@ -77,19 +82,57 @@ def split_by_patient(
     return train, val
 
 
-def _case(path: Path, entry: Any, patient_pattern: str) -> Case:
-    if not isinstance(entry, dict) or "image" not in entry:
-        raise InputError(f"{path}: entry {entry!r} has no 'image'.")
-    case: Case = {"weight": 1.0, **entry}
+def _read_section(path: Path, section: str) -> list[Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}). Mend or write it anew.") from error
+    entries = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+        raise InputError(f"{path}: has no list '{section}', or an empty one. Its lists: {', '.join(lists) or 'none'}.")
+    return entries
+
+
+def _case(path: Path, entry: Any) -> Case:
+    case: Case = {"weight": 1.0, **entry} if isinstance(entry, dict) else {}
     for key in ("image", "label"):
-        if key in entry:
-            file = (path.parent / entry[key]).resolve()
-            if not file.exists():
-                raise InputError(f"{path} names {entry[key]}, but there is no such file.")
-            case[key] = str(file)
-    name = Path(case["image"]).name.split(".")[0]
-    case["case"] = name
-    if "patient" not in entry:
-        match = re.search(patient_pattern, name) if patient_pattern else None
-        case["patient"] = match.group(1) if match else name
+        if not isinstance(case.get(key), str):
+            raise InputError(
+                f'{path}: the entry {entry!r} names no {key}; needed is {{"image": "PATH", "label": "PATH"}}.'
+            )
+        file = (path.parent / case[key]).resolve()
+        if not file.exists():
+            raise InputError(f"{path}: names {case[key]}, but there is no such file.")
+        case[key] = str(file)
     return case
+
+
+def _unique_names(path: Path, cases: Sequence[Case]) -> list[str]:
+    """File names without suffix; of equal ones the path in the folder, since scores and patients go by name."""
+    twice = [image for image, count in Counter(case["image"] for case in cases).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"{path}: lists {', '.join(twice[:3])} more than once. Use 'weight' to show a case more often."
+        )
+    paths = [Path(os.path.relpath(_stem(Path(case["image"])), path.parent.resolve())) for case in cases]
+    uses = Counter(one.name for one in paths)
+    return [one.name if uses[one.name] == 1 else one.as_posix() for one in paths]
+
+
+def _stem(image: Path) -> Path:
+    """The path without suffix; folders, of a DICOM series, have none."""
+    return image if image.is_dir() else image.with_name(re.sub(r"(\.nii)?\.\w+$", "", image.name))
+
+
+def _patient(case: Case, pattern: str) -> str:
+    if not pattern:
+        return str(case["case"])
+    name = _stem(Path(case["image"])).name
+    try:
+        match = re.search(pattern, name)
+        if match:
+            return match.group(1)
+    except (re.error, IndexError) as error:
+        raise InputError(f"patient_pattern={pattern!r}: is not a pattern with one group ({error}).") from error
+    raise InputError(f"{case['image']}: patient_pattern={pattern!r} finds no patient in the name '{name}'.")

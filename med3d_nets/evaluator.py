@@ -44,15 +44,14 @@ class CaseEvaluator(SupervisedEvaluator):
     """
 
     # ignite's resumable runs do not start again after an exception
-    x_ = False
+    interrupt_resume_enabled = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(event_names=[CaseEvents], **kwargs)
         self.state.case = ""
         self.state.failed = {}
-        self.logger.setLevel(
-            logging.CRITICAL
-        )  # the engine's own words on each run; this class reports in their place
+        # the engine's own words on each of the runs, for which this class reports
+        self.logger.setLevel(logging.CRITICAL)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Run all cases.

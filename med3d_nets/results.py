@@ -195,7 +195,7 @@ def measure(
         ``shape``, ``spacing_mm``, ``orientation`` (nibabel's axis codes), ``labels`` (by name: value, voxels,
         volume_ml), ``total_volume_ml``, ``warnings``.
     """
-    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    voxel_ml = float(abs(np.linalg.det(affine[:3, :3]))) / 1000
     spacing = nib.affines.voxel_sizes(affine)
     # voxels of each label in every slice along the three axes: size, place and borders follow from these
     profiles = {name: _profiles(mask == value) for value, name in labels.items()}

@@ -137,7 +137,7 @@ def score(pred: torch.Tensor, label: torch.Tensor, affine: np.ndarray, tolerance
         ``dice`` and ``surface_dice`` (0 to 1), ``hd95_mm``, ``predicted_ml``, ``true_ml``.
     """
     spacing = nib.affines.voxel_sizes(affine)
-    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    voxel_ml = float(abs(np.linalg.det(affine[:3, :3]))) / 1000
     volumes = {"predicted_ml": int(pred.sum()) * voxel_ml, "true_ml": int(label.sum()) * voxel_ml}
     if not pred.any() and not label.any():
         return {"dice": math.nan, "surface_dice": math.nan, "hd95_mm": math.nan, **volumes}

@@ -6,6 +6,7 @@ writers here write to a temporary name and rename.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
@@ -43,23 +45,28 @@ class RandomState:
         set_rnd(self.dataset, int(torch.randint(2**31, (1,))) + idist.get_rank())
 
     def state_dict(self) -> dict[str, Any]:
-        """States of all generators, of types that load with ``weights_only=True``."""
+        """States of all generators in all processes, of types that load with ``weights_only=True``."""
         name, keys, position, has_gauss, gauss = np.random.get_state()
-        return {
+        mine = {
             "python": random.getstate(),
             "numpy": (str(name), torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, gauss),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
         }
+        return {"processes": _of_all_processes(mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set all generators to the states of ``state_dict``."""
-        random.setstate(state["python"])
-        name, keys, position, has_gauss, gauss = state["numpy"]
+        """Set all generators of this process to the states of ``state_dict``."""
+        processes, rank = state["processes"], idist.get_rank()
+        mine = processes[rank % len(processes)]
+        random.setstate(mine["python"])
+        name, keys, position, has_gauss, gauss = mine["numpy"]
         np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-        torch.set_rng_state(state["torch"].cpu())
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        torch.set_rng_state(mine["torch"].cpu())
+        if len(mine["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
+        if len(processes) != idist.get_world_size():  # the same cannot go on, but no two may draw alike
+            torch.manual_seed(int(torch.randint(2**31, (1,))) + rank)
 
 
 class BestModel:
@@ -94,6 +101,29 @@ class BestModel:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from a checkpoint's best score."""
         self.best = state["best"]
+
+
+class BroadcastBuffers:
+    """Validation handler that gives all processes the norm statistics of the first, whose weights are saved.
+
+    DistributedDataParallel does so before every forward pass, which deadlocks in a validation where processes have
+    different numbers of cases or windows; so the validation runs on the bare network.
+
+    Args:
+        network: network wrapped for several processes.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator of the validation."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Send the buffers from the first process to all."""
+        for buffer in self.network.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 class Checkpoints:
@@ -136,24 +166,33 @@ class Checkpoints:
         """Bring everything to the state of the checkpoint; nothing when not resuming."""
         if self.resume_from is None:
             return
-        max_epochs = engine.state.max_epochs
         states = torch.load(self.resume_from, map_location="cpu", weights_only=True)
-        if states["trainer"]["iteration"] >= states["trainer"]["epoch_length"] * (max_epochs or 0):
-            raise InputError(f"{self.resume_from}: {max_epochs} epochs are done already. Raise max_epochs to go on.")
-        _bare(self.network).load_state_dict(states["network"])
-        for name, thing in self.objects.items():
+        epoch, max_epochs = states["trainer"]["epoch"], engine.state.max_epochs or 0
+        if epoch >= max_epochs:
+            raise InputError(
+                f"{self.resume_from}: {epoch} epochs are done and max_epochs is {max_epochs}. Raise it to go on."
+            )
+        try:
+            _bare(self.network).load_state_dict(states["network"])
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.resume_from}: is not of this network. Resume with the settings of that training, or give "
+                "another output_dir."
+            ) from error
+        for name, thing in {**self.objects, **_scaler(engine)}.items():
             thing.load_state_dict(states[name])
-        engine.load_state_dict(states["trainer"])
-        engine.state.max_epochs = max_epochs
+        engine.load_state_dict({"epoch": epoch, "max_epochs": max_epochs, "epoch_length": engine.state.epoch_length})
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint and the weights, every ``interval`` epochs and after the last."""
-        epoch = engine.state.epoch
-        if (epoch % self.interval and epoch != engine.state.max_epochs) or idist.get_rank() != 0:
+        epoch, max_epochs = engine.state.epoch, engine.state.max_epochs
+        if epoch % self.interval and epoch != max_epochs:
             return
         network = _bare(self.network).state_dict()
-        states = {name: thing.state_dict() for name, thing in self.objects.items()}
-        content = {"network": network, "trainer": dict(engine.state_dict()), **states}
+        states = {name: thing.state_dict() for name, thing in {**self.objects, **_scaler(engine)}.items()}
+        if idist.get_rank() != 0:
+            return
+        content = {"network": network, "trainer": {"epoch": epoch, "iteration": engine.state.iteration}, **states}
         _save(content, self.folder / f"checkpoint_epoch={epoch}.pt")
         _save(network, self.model_path)
         for old in _checkpoints(self.folder)[:-2]:
@@ -176,12 +215,31 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint_epoch=*.pt"), key=lambda path: int(path.stem.split("=")[1]))
 
 
+def _scaler(engine: Engine) -> dict[str, Any]:
+    """The trainer's gradient scaler, when it trains with mixed precision."""
+    scaler = getattr(engine, "scaler", None)
+    return {} if scaler is None else {"scaler": scaler}
+
+
+def _of_all_processes(mine: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
 def _bare(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def _save(content: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written ({error}). Free space or give another output_dir.") from error
