@@ -179,7 +179,7 @@ def _septum(space: Space, p: Patient) -> Array:
     knots = [floor - 60, floor - 10, floor + 30, -20, 15, 45, 75, 110]
     wide, thin = rng.uniform(8, 26), rng.uniform(0.5, 5)
     ahead = smooth_curve(knots, [75, 30, wide, 0.5 * wide, thin, thin + 2, rng.uniform(16, 26), 28], LOW, HIGH)
-    behind = smooth_curve(knots, [30, 22, *rng.uniform(5, 12, 4), 18, 28], LOW, HIGH)
+    behind = smooth_curve(knots, [26, 16, *rng.uniform(2, 10, 4), 16, 28], LOW, HIGH)
     part = np.clip((space.v + 8) / 30, 0, 1)
     half = part * lookup(ahead, space.w, LOW) + (1 - part) * lookup(behind, space.w, LOW)
     at_wall = np.maximum(space.v - p.along("front", space) + np.float32(rng.uniform(8, 25)), 0)

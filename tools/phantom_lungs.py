@@ -39,7 +39,8 @@ class Lungs:
 def parenchyma(space: Space, p: Patient, left: Array, right: Array, prone: bool) -> Lungs:
     """Lung tissue with its gradient of gravity and its texture, vessels not yet drawn."""
     rng = p.rng
-    base = rng.uniform(-900, -780) if rng.random() < 0.75 else rng.uniform(-960, -680)
+    usual, airy, dense = rng.uniform(-930, -790), rng.uniform(-975, -920), rng.uniform(-820, -680)
+    base = rng.choice([usual, airy, dense], p=[0.6, 0.25, 0.15])
     gradient = rng.uniform(0.1, 0.9) * (-1 if prone else 1)
     hu = base - np.float32(gradient) * space.v - np.float32(rng.uniform(-0.1, 0.15)) * space.w
     for scale, least, most in ((60, 3, 20), (18, 3, 14), (6, 4, 22)):
@@ -53,7 +54,7 @@ def draw_vessels(lungs: Lungs, blood: float) -> None:
     rng = p.rng
     for side in (0, 1):
         sdf = lungs.sides[side]
-        for root, count in (((44, -18, -14), rng.integers(250, 600)), ((42, -10, -40), rng.integers(150, 450))):
+        for root, count in (((44, -18, -14), rng.integers(300, 900)), ((42, -10, -40), rng.integers(200, 600))):
             found = np.flatnonzero(sdf < -3)
             if len(found) < 500:
                 continue

@@ -30,7 +30,7 @@ def draw_table(image: Array, space: Space, rng: np.random.Generator, body: Array
     paint(plate, cover(core.astype(np.float32), space.edge), rng.uniform(-990, -860))
     paint(plate, cover(skin, space.edge), rng.uniform(-500, 250))
     folds = noise(rng, space.shape, space.spacing, 45)
-    cloth = np.abs(body - np.float32(rng.uniform(3, 14)) - 4 * folds) - np.float32(rng.uniform(0.2, 1.0))
+    cloth = np.abs(body - np.float32(rng.uniform(3, 14)) - 4 * folds) - np.float32(rng.uniform(0.1, 0.7))
     outside = 1 - cover(body, space.edge)
     air = np.broadcast_to(plate[:, :, None], image.shape).copy()
     if rng.random() < 0.8:
