@@ -10,6 +10,7 @@ from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.evaluator import CaseEvaluator
 from med3d_nets.flexunet import Med3DEncoder
 from med3d_nets.inputs import CheckCTd, LoadVolumed, find_cases
+from med3d_nets.norm import PreciseNorm
 from med3d_nets.registry import DEPTHS, WEIGHTS
 from med3d_nets.resnet import Med3DResNet
 from med3d_nets.results import SegmentationWriter
@@ -33,6 +34,7 @@ __all__ = [
     "LoadVolumed",
     "Med3DEncoder",
     "Med3DResNet",
+    "PreciseNorm",
     "RandMirrord",
     "RandomState",
     "SegmentationNet",

@@ -36,8 +36,8 @@ def find_cases(dataset_dir: str | Path) -> list[dict[str, str]]:
 
     Args:
         dataset_dir: one volume file; a folder whose files are volumes or the slices of a DICOM series (of any
-            name); a folder whose direct sub-folders each hold such a series; or a mix. Hidden files and files
-            that are no images are ignored.
+            name); a folder whose direct sub-folders each hold such a series; or a mix. Hidden files, files
+            that are no images, and results of an earlier run are ignored.
 
     Returns:
         One `{"image": absolute path, "case": name}` per volume, sorted by path. The name is the file's
@@ -163,9 +163,15 @@ def _is_volume(path: Path) -> bool:
 def _volumes_in(folder: Path) -> list[Path]:
     """The folder's volume files and DICOM folders, sorted; a broken link counts, so that it is reported."""
     visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    files = [p for p in visible if _is_volume(p) and not p.is_dir()]
+    files = [p for p in visible if _is_volume(p) and not p.is_dir() and not _is_result(p)]
     series = [p for p in [folder, *visible] if p.is_dir() and dicom.holds_dicom(p)]
     return sorted(files + series)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is a mask that an earlier run wrote, with its report and picture, into its input's folder."""
+    stem = path.name.removesuffix(".nii.gz")
+    return stem.endswith("_seg") and all(path.with_name(stem + ending).is_file() for ending in (".json", ".png"))
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:

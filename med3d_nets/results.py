@@ -61,7 +61,7 @@ class SegmentationWriter:
         max_spacing_mm: float = 5.0,
         suffix: str = "seg",
     ) -> None:
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).expanduser()
         self.labels = {int(value): name for value, name in labels.items()}
         self.hu_window = hu_window
         self.weights = weights
@@ -82,7 +82,7 @@ class SegmentationWriter:
         case, output = engine.state.case, engine.state.output[0]  # type: ignore[attr-defined,index]
         image, pred = output["image"].cpu(), output["pred"].cpu()
         mask = pred[0].numpy().astype(np.uint8)
-        affine = pred.affine.numpy().astype(np.float64)
+        affine = _own_affine(image, pred)
         measures = measure(mask, affine, self.labels, self.volume_range_ml, self.max_spacing_mm)
         report = {
             "case": case,
@@ -267,6 +267,14 @@ def _centre(along: Profiles, affine: NDArray[np.float64]) -> NDArray[np.float64]
     """Centre of mass in mm, RAS."""
     index = [np.average(np.arange(len(counts)), weights=counts) for counts in along]
     return affine[:3, :3] @ index + affine[:3, 3]
+
+
+def _own_affine(image: MetaTensor, pred: MetaTensor) -> NDArray[np.float64]:
+    """The input's affine as read, without the rounding on the way to the network's grid and back."""
+    affine = np.asarray(image.meta["original_affine"], dtype=np.float64)
+    if not np.allclose(pred.affine, affine, atol=1e-3):
+        raise ValueError("pred is not on the input's grid; postprocessing must invert preprocessing (Invertd)")
+    return affine
 
 
 def _nifti(mask: NDArray[np.uint8], affine: NDArray[np.float64]) -> nib.Nifti1Image:

@@ -103,29 +103,6 @@ class BestModel:
         self.best = state["best"]
 
 
-class BroadcastBuffers:
-    """Validation handler that gives all processes the norm statistics of the first, whose weights are saved.
-
-    DistributedDataParallel does so before every forward pass, which deadlocks in a validation where processes have
-    different numbers of cases or windows; so the validation runs on the bare network.
-
-    Args:
-        network: network wrapped for several processes.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to the evaluator of the validation."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Send the buffers from the first process to all."""
-        for buffer in self.network.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 class Checkpoints:
     """Training handler that writes ``checkpoint_epoch=N.pt`` and, asked to resume, starts from the newest.
 

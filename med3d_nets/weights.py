@@ -116,7 +116,11 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for every kind of damage
-        raise InputError(f"{path}: not a checkpoint that loads with weights_only=True ({error}).") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise InputError(
+            f"{path}: not a checkpoint that can be read ({reason}). The file is truncated, damaged or holds more than "
+            "tensors (it must load with weights_only=True). Download or copy it again."
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path}: a state dict (tensors by name) is needed, found {type(content).__name__}.")

@@ -28,6 +28,7 @@ from med3d_nets.errors import InputError
 from tools.lung_labels import (
     BONE_ABOVE_HU,
     LEFT,
+    LUNG_BELOW_HU,
     RIGHT,
     central_airway,
     close,
@@ -182,13 +183,14 @@ def _given_right(hu: np.ndarray, spacing: Spacing, path: Path) -> np.ndarray:
     given = _given(path)
     own = label_lungs(hu, spacing) > 0
     outside, air_hu = outside_air(hu, spacing)
-    lumen = central_airway(hu, (hu < -400) & ~outside, spacing, air_hu)
+    gas = (hu < LUNG_BELOW_HU) & ~outside
+    lumen = central_airway(hu, gas, spacing, air_hu)
     airway = dilate(lumen, spacing, 2.0)
-    lungs = (given | own) & ~airway
-    front = int(np.argwhere(lumen)[:, 1].max())  # gas behind the trachea is in the oesophagus
+    lungs = (given | gas) & ~airway
     left = np.zeros(given.shape, bool)
     for z in range(given.shape[2]):
         pieces, _ = ndimage.label(lungs[:, :, z])
+        front = np.argwhere(lumen[:, :, z])[:, 1].max(initial=0)  # gas behind the airway is the oesophagus's
         at_edge = np.setdiff1d(pieces[0, front:], pieces[int(15 / spacing[0]) :])
         left[:, :, z] = np.isin(pieces, at_edge[at_edge > 0])
     right = given & close(own & given, spacing, 8.0) & ~airway & ~left

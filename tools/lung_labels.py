@@ -1,10 +1,11 @@
 """Classical lung labels: left and right lung from a CT in HU, without a network.
 
 The method is the textbook one: air inside the body below -400 HU, trachea and main bronchi grown from the
-tracheal lumen and removed, gas of stomach and bowel removed by its HU, left and right parted by a watershed on
-the distance transform, vessels and small airways filled by a closing (Hu, Hoffman, Reinhardt 2001, IEEE TMI
-20(6):490-498; van Rikxoort 2009, Med Phys 36(7):2934-2947). It makes training labels for scans that have none;
-a person looks at every result.
+tracheal lumen and removed, gas of stomach and bowel removed by its HU and place, left and right parted by a
+watershed that meets at the dense junction line, vessels and small airways filled by a closing (Hu, Hoffman,
+Reinhardt 2001, IEEE TMI 20(6):490-498). It makes training labels for scans that have none, and a person looks
+at every result. Known limits: consolidated lung and masses at the wall are left out, and foam of a table whose
+HU are those of lung is taken for lung where it touches the border of the view.
 
 Convention: vessels and airways inside the lung belong to the lung; large hilar vessels, trachea, main bronchi
 and pleural fluid do not.
@@ -66,9 +67,10 @@ def outside_air(hu: np.ndarray, spacing: tuple[float, float, float]) -> tuple[np
     pieces, _ = ndimage.label((hu < LUNG_BELOW_HU) & ~padding)
     border = np.concatenate([face.ravel() for ax in (0, 1) for face in (pieces.take(0, ax), pieces.take(-1, ax))])
     beside_padding = pieces[ndimage.binary_dilation(padding) & ~padding]
-    outer = set(np.unique(border)) | set(np.unique(beside_padding))
-    outer -= {0}
-    medians = dict(zip(outer, ndimage.median(hu, pieces, list(outer)), strict=True))
+    outer = np.setdiff1d(np.concatenate([border, beside_padding]), [0]).tolist()
+    if not outer:
+        return padding, -1000.0
+    medians = dict(zip(outer, ndimage.median(hu, pieces, outer), strict=True))
     sizes = np.bincount(pieces.ravel())
     pure = [medians[n] for n in outer if medians[n] < -940.0 and sizes[n] * np.prod(spacing) > 5000.0]
     air_hu = float(min(pure, default=-1000.0))
@@ -76,9 +78,7 @@ def outside_air(hu: np.ndarray, spacing: tuple[float, float, float]) -> tuple[np
     return padding | np.isin(pieces, gone), air_hu
 
 
-def central_airway(
-    hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float
-) -> np.ndarray:
+def central_airway(hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float) -> np.ndarray:
     """Lumen of trachea and large bronchi: grown from round lumina in axial slices, stopped before it leaks."""
     seeds = _tube_seeds(hu, gas, spacing, air_hu)
     if not seeds.any():
@@ -138,9 +138,7 @@ def _ml(mask: np.ndarray, spacing: tuple[float, float, float]) -> float:
     return float(mask.sum()) * float(np.prod(spacing)) / 1000.0
 
 
-def _tube_seeds(
-    hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float
-) -> np.ndarray:
+def _tube_seeds(hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float) -> np.ndarray:
     """Round, wholly enclosed lumina of an airway's size that continue over at least 15 mm of slices."""
     area_mm2 = spacing[0] * spacing[1]
     round_ones = np.zeros(gas.shape, bool)
@@ -165,9 +163,7 @@ def _long_chains(mask: np.ndarray, spacing: tuple[float, float, float]) -> np.nd
     return seeds
 
 
-def _lung_pieces(
-    hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float
-) -> np.ndarray:
+def _lung_pieces(hu: np.ndarray, gas: np.ndarray, spacing: tuple[float, float, float], air_hu: float) -> np.ndarray:
     """Pieces of gas that are lung: large ones with lung's HU, and small ones near to those and to a rib."""
     pieces, _ = ndimage.label(gas)
     sizes = np.bincount(pieces.ravel()) * float(np.prod(spacing)) / 1000.0
@@ -205,9 +201,7 @@ def _two_cores(lungs: np.ndarray, hu: np.ndarray, spacing: tuple[float, float, f
     return apart if (apart > 0).sum() > 0.25 * lungs.sum() else None
 
 
-def _side_by_side(
-    core: np.ndarray, spacing: tuple[float, float, float], least: float = 0.1
-) -> np.ndarray | None:
+def _side_by_side(core: np.ndarray, spacing: tuple[float, float, float], least: float = 0.1) -> np.ndarray | None:
     """The two largest pieces as LEFT and RIGHT, if both are large and lie beside each other."""
     pieces, count = ndimage.label(core)
     if count < 2:
