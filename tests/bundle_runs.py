@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = Path("/tmp/inf/bundle")
+BUNDLE = Path(os.environ.get("MED3D_BUNDLE", ROOT / "bundles" / "lung_ct_segmentation_resnet10"))
 ENDINGS = (".nii.gz", ".json", ".png")
 LABELS = {1: "left lung", 2: "right lung"}
 THRESHOLD = -380.0  # HU, of AirNet

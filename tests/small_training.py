@@ -10,8 +10,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
+import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from med3d_nets.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = Path("/tmp/tt/bundles/lung_ct_segmentation_resnet10")
@@ -89,3 +94,53 @@ def run_config(name: str, on_iteration: Callable[[Engine], None] | None = None, 
 def train(data: Path, out: Path, **override: Any) -> ConfigWorkflow:
     """Run the small training."""
     return run_config("train", **small(dataset_dir=str(data), output_dir=str(out), **override))
+
+
+def parse(item: str, **override: Any) -> Any:
+    """Build one item of train.json, without its ``initialize``."""
+    workflow = ConfigWorkflow(config("train"), logging_file=False, workflow_type=None, **small(**override))
+    workflow.parser.parse(reset=True)
+    return workflow.parser.get_parsed_content(item)
+
+
+def refusal(run: Callable[[], Any]) -> str:
+    """Message of the InputError that a run ends with, which MONAI may have wrapped."""
+    with pytest.raises(Exception) as caught:  # the type is checked below
+        run()
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    assert isinstance(error, InputError), caught.value
+    return str(error)
+
+
+def scalars(out: Path, tag: str) -> dict[int, float]:
+    """By step; of several event files the last that has a step."""
+    found = {}
+    for path in sorted(out.glob("events.out.tfevents*"), key=lambda p: p.stat().st_mtime):
+        events = EventAccumulator(str(path)).Reload()
+        if tag in events.Tags()["scalars"]:
+            found.update({event.step: event.value for event in events.Scalars(tag)})
+    return found
+
+
+def losses(out: Path) -> dict[int, float]:
+    """Loss of each step of a training."""
+    return scalars(out, "train_loss")
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equality to the last bit of nested states."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_same(first, second, f"{where}/{index}")
+    else:
+        assert one == other, where

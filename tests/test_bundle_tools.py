@@ -94,7 +94,11 @@ class TestMake:
 
     def test_repairs_and_removes_but_leaves_weights_data_and_runs(self, made: Path, tmp_path: Path) -> None:
         folder = copy_of(made, tmp_path)
-        kept = [folder / "models" / "resnet_10.pth", folder / "data" / "ct.nii", folder / "runs" / "train" / "model.pt"]
+        kept = [
+            folder / "models" / "resnet_10.pth",
+            folder / "data" / "ct.nii",
+            folder / "runs" / "train" / "model.pt",
+        ]
         for path in kept:
             path.parent.mkdir(parents=True)
             path.write_bytes(b"mine")
@@ -131,7 +135,9 @@ class TestMake:
         bundles.make(NAME, NAME.replace("10", "152"), templates=task.parent, bundles=tmp_path / "out")
         ten, big = Bundle(tmp_path / "out" / NAME), Bundle(tmp_path / "out" / NAME.replace("10", "152"))
         assert record.items() <= ten.metadata.items()
-        assert "| mean dice | 0.975 |" in ten.text("docs/README.md") and "none" not in ten.text("docs/README.md")
+        assert "| mean dice | 0.975 |" in ten.text("docs/README.md") and "none" not in ten.text(
+            "docs/README.md"
+        )
         assert big.metadata["version"] != "0.2.0" and "weights_sha256" not in big.metadata
         assert big.text("docs/README.md") == (
             f"none; trained is `{NAME}`\nresnet101 stays, resnet152 and resnet_152.pth do not\n"
@@ -234,12 +240,24 @@ def remove(path: str) -> Callable[[Path], None]:
 OUT = "network_data_format#outputs#pred"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no model card": (remove("docs/README.md"), r"docs/README.md: this required file is missing"),
-    "no training config": (remove("configs/train.json"), r"configs/train.json: this preferred file is missing"),
-    "empty data licence": (lambda f: (f / "docs/data_license.txt").write_text("\n"), r"data_license.txt: .*is empty"),
+    "no training config": (
+        remove("configs/train.json"),
+        r"configs/train.json: this preferred file is missing",
+    ),
+    "empty data licence": (
+        lambda f: (f / "docs/data_license.txt").write_text("\n"),
+        r"data_license.txt: .*is empty",
+    ),
     "scripts folder": (lambda f: (f / "scripts").mkdir(), r"scripts: a folder of code"),
     "other licence": (lambda f: (f / "LICENSE").write_text("MIT License"), r"LICENSE: not the whole text"),
-    "broken JSON": (lambda f: (f / "configs/evaluate.json").write_text('{"a": 1,}'), r"evaluate.json: no valid JSON"),
-    "key twice": (lambda f: (f / "configs/train.json").write_text('{"a": 1, "a": 2}'), r"train.json: .*twice.* a\b"),
+    "broken JSON": (
+        lambda f: (f / "configs/evaluate.json").write_text('{"a": 1,}'),
+        r"evaluate.json: no valid JSON",
+    ),
+    "key twice": (
+        lambda f: (f / "configs/train.json").write_text('{"a": 1, "a": 2}'),
+        r"train.json: .*twice.* a\b",
+    ),
     "JSON list": (lambda f: (f / "configs/metadata.json").write_text("[]"), r"metadata.json: holds a list"),
     "authors a list": (put("metadata", "authors", ["A"]), r"at authors: \['A'\] is not of type 'string'"),
     "no copyright": (drop("metadata", "copyright"), r"'copyright' is a required property"),
@@ -255,32 +273,71 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"has med3d_nets 0.0.1, the package is",
     ),
     "channel undefined": (drop("metadata", f"{OUT}#channel_def#2"), r"has 3 channels, channel_def has 0, 1;"),
-    "score without weights": (put("metadata", "eval_metrics", {"dice": 0.9}), r"eval_metrics of weights that are not"),
-    "hash without weights": (put("metadata", "weights_sha256", "0" * 64), r"weights_sha256 is 0{64}, .* is None"),
-    "parameter count": (put("metadata", "network_parameters", 1), r"network_parameters is 1, the network has \d{8}"),
-    "output channels": (put("metadata", f"{OUT}#num_channels", 2), r"num_channels is 2 .*the network gives 3"),
+    "score without weights": (
+        put("metadata", "eval_metrics", {"dice": 0.9}),
+        r"eval_metrics of weights that are not",
+    ),
+    "hash without weights": (
+        put("metadata", "weights_sha256", "0" * 64),
+        r"weights_sha256 is 0{64}, .* is None",
+    ),
+    "parameter count": (
+        put("metadata", "network_parameters", 1),
+        r"network_parameters is 1, the network has \d{8}",
+    ),
+    "output channels": (
+        put("metadata", f"{OUT}#num_channels", 2),
+        r"num_channels is 2 .*the network gives 3",
+    ),
     "output size": (
         put("metadata", f"{OUT}#spatial_shape", ["16+n", "16+n", "8+n"]),
         r"spatial_shape is \(17, 19, 13\) .*the network gives \(17, 19, 21\)",
     ),
-    "output dtype": (put("metadata", f"{OUT}#dtype", "float16"), r"dtype is float16 .*the network gives float32"),
+    "output dtype": (
+        put("metadata", f"{OUT}#dtype", "float16"),
+        r"dtype is float16 .*the network gives float32",
+    ),
     "input channels": (
         put("metadata", "network_data_format#inputs#image#num_channels", 2),
         r"the network does not take the image described there",
     ),
-    "no evaluator": (drop("inference", "evaluator", "dataset"), r"inference.json: no dataset, .*\n.*no evaluator, the"),
-    "no epochs": (drop("train", "train#trainer#max_epochs"), r"train.json: no train#trainer#max_epochs, the required"),
+    "no evaluator": (
+        drop("inference", "evaluator", "dataset"),
+        r"inference.json: no dataset, .*\n.*no evaluator, the",
+    ),
+    "no epochs": (
+        drop("train", "train#trainer#max_epochs"),
+        r"train.json: no train#trainer#max_epochs, the required",
+    ),
     "nothing to run": (drop("evaluate", "run"), r"evaluate.json: no run;"),
-    "depth of the name": (put("evaluate", "network_def#depth", 18), r"evaluate.json: network_def has depth 18 in"),
+    "depth of the name": (
+        put("evaluate", "network_def#depth", 18),
+        r"evaluate.json: network_def has depth 18 in",
+    ),
     "another head": (
         put("train", "network_def#head", "linear"),
         r"network_def#head is 'linear', in inference.json 'fpn'",
     ),
-    "no guard": (drop("inference", "network_def#_requires_"), r"inference.json: network_def has no _requires_"),
-    "network cannot be built": (put("inference", "network_def#depth", 11), r"network_def cannot be built \(.*\b11\b"),
-    "unknown class": (put("inference", "inferer#_target_", "SlidingInferer"), r"inferer: there is no SlidingInferer"),
-    "unknown argument": (put("train", "loss#soft_max", True), r"loss: monai\S*DiceCELoss does not .*'soft_max'"),
-    "dangling reference": (put("train", "train#trainer#network", "@net"), r"train#trainer|train::trainer.*@net refers"),
+    "no guard": (
+        drop("inference", "network_def#_requires_"),
+        r"inference.json: network_def has no _requires_",
+    ),
+    "network cannot be built": (
+        put("inference", "network_def#depth", 11),
+        r"network_def cannot be built \(.*\b11\b",
+    ),
+    "unknown class": (
+        put("inference", "inferer#_target_", "SlidingInferer"),
+        r"inferer: there is no SlidingInferer",
+    ),
+    "unknown argument": (
+        put("train", "loss#soft_max", True),
+        r"loss: monai\S*DiceCELoss does not .*'soft_max'",
+    ),
+    "dangling reference": (
+        put("train", "train#trainer#network", "@net"),
+        r"train#trainer|train::trainer.*@net refers",
+    ),
     "import left out": (
         edit("train", lambda c: c["imports"].remove("$import med3d_nets")),
         r"train.json: imports has no .*med3d_nets'(.|\n)*unknown name med3d_nets",
@@ -299,13 +356,31 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit("multi_gpu_train", lambda c: c.update({"train#samplr": 1, "optimiser#lr": 1})),
         r"multi_gpu_train.json: train#samplr changes nothing.*\n.*: optimiser#lr changes nothing",
     ),
-    "absolute path": (put("train", "dataset_dir", "/workspace/data"), r"dataset_dir holds .* '/workspace/data'"),
-    "absolute path in code": (put("train", "dataset_dir", "$'/data' + '/ct'"), r"holds the absolute path '/data'"),
+    "absolute path": (
+        put("train", "dataset_dir", "/workspace/data"),
+        r"dataset_dir holds .* '/workspace/data'",
+    ),
+    "absolute path in code": (
+        put("train", "dataset_dir", "$'/data' + '/ct'"),
+        r"holds the absolute path '/data'",
+    ),
     "home folder": (put("evaluate", "output_dir", "~/out"), r"absolute path '~/out'"),
-    "macro": (put("evaluate", "network_def", "%configs/inference.json#network_def"), r"network_def is the macro"),
-    "hash not typed": (text("large_files.yml", '    hash_type: "sha256"\n', ""), r"resnet_10.pth: no hash_type"),
-    "hash changed": (text("large_files.yml", "2824951e", "00000000"), r"resnet_10.pth: url or hash is not that of"),
-    "no YAML": (lambda f: (f / "large_files.yml").write_text("large_files: [}"), r"large_files.yml: no YAML list"),
+    "macro": (
+        put("evaluate", "network_def", "%configs/inference.json#network_def"),
+        r"network_def is the macro",
+    ),
+    "hash not typed": (
+        text("large_files.yml", '    hash_type: "sha256"\n', ""),
+        r"resnet_10.pth: no hash_type",
+    ),
+    "hash changed": (
+        text("large_files.yml", "2824951e", "00000000"),
+        r"resnet_10.pth: url or hash is not that of",
+    ),
+    "no YAML": (
+        lambda f: (f / "large_files.yml").write_text("large_files: [}"),
+        r"large_files.yml: no YAML list",
+    ),
     "logging handler": (
         text("configs/logging.conf", "class=StreamHandler", "class=rich.logging.RichHandler"),
         r"RichHand",
@@ -314,13 +389,21 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         text("docs/README.md", "configs/train.json", "configs/training.json"),
         r"training.json, which does",
     ),
-    "command's key": (text("docs/README.md", "--dataset_dir", "--data_dir"), r"README.md: data_dir is no key of"),
-    "command's weights": (text("docs/README.md", "resnet_10_23dataset", "resnet_18"), r"resnet_18.pth: no released"),
+    "command's key": (
+        text("docs/README.md", "--dataset_dir", "--data_dir"),
+        r"README.md: data_dir is no key of",
+    ),
+    "command's weights": (
+        text("docs/README.md", "resnet_10_23dataset", "resnet_18"),
+        r"resnet_18.pth: no released",
+    ),
 }
 
 
 class TestCheck:
-    def test_healthy_without_weights(self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_healthy_without_weights(
+        self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         bundles.check(str(copy_of(made, tmp_path)))
         assert "1 bundles, no faults" in capsys.readouterr().out
 
@@ -331,7 +414,9 @@ class TestCheck:
     def test_monai_agrees_on_the_healthy_bundle(self, made: Path) -> None:
         configs = made / NAME / "configs"
         monai.bundle.verify_net_in_out(
-            "network_def", meta_file=str(configs / "metadata.json"), config_file=str(configs / "inference.json")
+            "network_def",
+            meta_file=str(configs / "metadata.json"),
+            config_file=str(configs / "inference.json"),
         )
 
     @pytest.mark.parametrize("case", BROKEN)
@@ -362,12 +447,17 @@ class TestCheck:
             (lambda state: {f"module.{key}": value for key, value in state.items()}, "is wrapped"),
             (lambda state: dict(list(state.items())[1:]), "1 missing"),
             (lambda state: {**state, "head.extra": torch.zeros(1)}, "1 unexpected"),
-            (lambda state: {**state, "backbone.bn1.bias": torch.full((64,), torch.nan)}, "1 tensors hold NaN"),
+            (
+                lambda state: {**state, "backbone.bn1.bias": torch.full((64,), torch.nan)},
+                "1 tensors hold NaN",
+            ),
             (lambda state: {**state, "net": Path}, "weights_only=True"),
         ],
         ids=["wrapped", "prefixed", "missing key", "additional key", "NaN", "pickled class"],
     )
-    def test_weights(self, change: Callable[[Any], Any], expected: str, trained: Path, tmp_path: Path) -> None:
+    def test_weights(
+        self, change: Callable[[Any], Any], expected: str, trained: Path, tmp_path: Path
+    ) -> None:
         folder = copy_of(trained, tmp_path)
         path = folder / "models" / "model.pt"
         torch.save(change(torch.load(path, weights_only=True)), path)
@@ -386,9 +476,18 @@ class TestCheck:
         (fault,) = check_bundle(made / NAME)
         assert str(fault).startswith("configs/inference.json: TorchScript export fails (")
 
-    def test_every_fault_at_once(self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_every_fault_at_once(
+        self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         folder = copy_of(made, tmp_path)
-        cases = ["other licence", "version 10", "no epochs", "dangling reference", "output size", "logging handler"]
+        cases = [
+            "other licence",
+            "version 10",
+            "no epochs",
+            "dangling reference",
+            "output size",
+            "logging handler",
+        ]
         for case in cases:
             BROKEN[case][0](folder)
         with pytest.raises(SystemExit) as exit:

@@ -118,7 +118,7 @@ def test_refused(tmp_path: Path, content: str | bytes | None, words: str) -> Non
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere: no dataset.json in it"):
+    with pytest.raises(InputError, match=r"nowhere: no dataset\.json in it"):
         read_datalist(tmp_path / "nowhere")
 
 

@@ -162,27 +162,19 @@ class TestDynamicSizes:
     other = (1, 1, 50, 17, 64)
 
     @pytest.mark.parametrize("shortcut", ["A", "B"])
-    def test_encoder_torch_export(self, shortcut: str) -> None:
-        net, x = _build(10, shortcut, 8), torch.rand(self.other)
+    def test_encoder(self, shortcut: str, tmp_path: Path) -> None:
+        net, x, path = _build(10, shortcut, 8), torch.rand(self.other), tmp_path / "net.onnx"
         program = torch.export.export(net, (torch.rand(self.traced),), dynamic_shapes=ANY_SIZE)
+        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
         with torch.no_grad():
             _assert_equal(program.module()(x), net(x))
-
-    @pytest.mark.parametrize("shortcut", ["A", "B"])
-    def test_encoder_onnx(self, shortcut: str, tmp_path: Path) -> None:
-        net, x, path = _build(10, shortcut, 8), torch.rand(self.other), tmp_path / "net.onnx"
-        torch.onnx.export(
-            net, (torch.rand(self.traced),), path, dynamo=True, dynamic_shapes=ANY_SIZE, verbose=False
-        )
-        with torch.no_grad():
             _assert_equal(_run_onnx(path, x), net(x), tolerance=1e-4)
 
     @pytest.mark.parametrize("head", HEADS)
     def test_segmentation(self, head: str, tmp_path: Path) -> None:
         net, x, path = SegmentationNet(10, 3, head).eval(), torch.rand(self.other), tmp_path / "net.onnx"
-        example = (torch.rand(self.traced),)
-        program = torch.export.export(net, example, dynamic_shapes=ANY_SIZE)
-        torch.onnx.export(net, example, path, dynamo=True, dynamic_shapes=ANY_SIZE, verbose=False)
+        program = torch.export.export(net, (torch.rand(self.traced),), dynamic_shapes=ANY_SIZE)
+        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
         with torch.no_grad():
             wanted = net(x)
             found = [torch.jit.script(net)(x), program.module()(x), *_run_onnx(path, x)]

@@ -135,8 +135,8 @@ def test_same_millimetre_mask_from_every_grid(trained: Path, name: str) -> None:
     mask, canonical = mask_of(trained / "out", name), mask_of(trained / "out", CANONICAL)
     assert_on_own_grid(mask, trained / "in" / f"{name}.nii.gz")
     for value, label in LABELS.items():
-        moved = resample(np.asarray(mask.dataobj) == value, mask.affine, canonical.shape, canonical.affine) > 0.5
-        assert dice(moved, np.asarray(canonical.dataobj) == value) >= 0.98, label
+        moved = resample(np.asarray(canonical.dataobj) == value, canonical.affine, mask.shape, mask.affine) > 0.5
+        assert dice(moved, np.asarray(mask.dataobj) == value) >= 0.98, label
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)

@@ -142,7 +142,10 @@ SIDEWAYS = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}
 BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "missing": (lambda d: d / "none.nii.gz", ["does not exist"]),
     "empty nifti": (lambda d: cut(write_nifti(d / "x.nii.gz"), 0), ["cannot be read"]),
-    "truncated nii.gz": (lambda d: cut(write_nifti(d / "x.nii.gz"), 0.6), ["cannot be read", "end-of-stream"]),
+    "truncated nii.gz": (
+        lambda d: cut(write_nifti(d / "x.nii.gz"), 0.6),
+        ["cannot be read", "end-of-stream"],
+    ),
     "nii.gz without its checksum": (lambda d: cut(write_nifti(d / "x.nii.gz"), 0.999), ["truncated"]),
     "truncated nii": (lambda d: cut(write_nifti(d / "x.nii"), 0.6), ["truncated"]),
     "damaged nii.gz": (lambda d: flip(write_nifti(d / "x.nii.gz")), ["cannot be read"]),
@@ -176,7 +179,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     ),
     "singular nifti": (lambda d: write_nifti(d / "x.nii", affine=SINGULAR), ["singular"]),
     "singular nrrd": (lambda d: replace(write_itk(d / "x.nrrd"), b"(0,0.875", b"(0.875,0"), ["singular"]),
-    "NaN affine": (lambda d: nifti_field(d / "x.nii", SROW_X, np.nan, np.eye(4)), ["NaN or infinite entries"]),
+    "NaN affine": (
+        lambda d: nifti_field(d / "x.nii", SROW_X, np.nan, np.eye(4)),
+        ["NaN or infinite entries"],
+    ),
     "two series": (lambda d: two_series(d / "s"), ["2 DICOM series", "1.2.3", "5", "1.2.4", "Topogram", "1"]),
     "missing slice": (
         lambda d: write_slices(d / "s", [0.0, 3.0, 9.0, 12.0]),
@@ -222,7 +228,9 @@ def test_nifti_affine_is_nibabels(sform: int, qform: int, tmp_path: Path) -> Non
     image.set_sform(AFFINE if sform else None, sform)
     image.set_qform(np.diag([0.7, 0.8, 2.5, 1]) if qform else None, qform)
     nib.save(image, tmp_path / "x.nii")
-    np.testing.assert_allclose(load(tmp_path / "x.nii").affine, nib.load(tmp_path / "x.nii").affine, atol=1e-6)
+    np.testing.assert_allclose(
+        load(tmp_path / "x.nii").affine, nib.load(tmp_path / "x.nii").affine, atol=1e-6
+    )
 
 
 def test_scaled_and_big_endian_nifti(tmp_path: Path) -> None:

@@ -44,30 +44,37 @@ def chest() -> tuple[np.ndarray, np.ndarray]:
     return hu + np.random.default_rng(0).normal(0, 15, SHAPE), truth
 
 
+@pytest.fixture(scope="module")
+def label(chest: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return label_lungs(chest[0], SPACING)
+
+
 def _dice(a: np.ndarray, b: np.ndarray) -> float:
     return 2.0 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
-def test_both_lungs_are_found_on_their_sides(chest: tuple[np.ndarray, np.ndarray], side: int) -> None:
-    hu, truth = chest
-    label = label_lungs(hu, SPACING)
+def test_both_lungs_are_found_on_their_sides(
+    chest: tuple[np.ndarray, np.ndarray], label: np.ndarray, side: int
+) -> None:
+    _, truth = chest
     assert label.dtype == np.uint8
     assert _dice(label == side, truth == side) > 0.98
 
 
-def test_vessels_belong_and_airway_bubble_and_outside_do_not(chest: tuple[np.ndarray, np.ndarray]) -> None:
+def test_vessels_belong_and_airway_bubble_and_outside_do_not(
+    chest: tuple[np.ndarray, np.ndarray], label: np.ndarray
+) -> None:
     hu, truth = chest
-    label = label_lungs(hu, SPACING)
     vessel = (truth > 0) & (hu > -200)
     assert vessel.sum() > 100
     assert (label[vessel] > 0).mean() > 0.95
     assert not label[(truth == 0) & (hu < -930)].any()
 
 
-def test_a_mirrored_chest_swaps_the_labels(chest: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_mirrored_chest_swaps_the_labels(chest: tuple[np.ndarray, np.ndarray], label: np.ndarray) -> None:
     hu, _ = chest
-    swapped = np.array([0, RIGHT, LEFT], np.uint8)[label_lungs(hu, SPACING)[::-1]]
+    swapped = np.array([0, RIGHT, LEFT], np.uint8)[label[::-1]]
     assert (label_lungs(hu[::-1], SPACING) == swapped).mean() > 0.999
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,28 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine, Events
-from monai.bundle import ConfigWorkflow
-from small_training import BUNDLE, SHAPE, SPACING, config, run_config, small, train, write_dataset
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from ignite.engine import Engine
 
 from med3d_nets import training
 from med3d_nets.errors import InputError
 from med3d_nets.resnet import Med3DResNet
 from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.training import BestModel, latest_checkpoint
-
+from tests.small_training import (
+    BUNDLE,
+    SHAPE,
+    SPACING,
+    assert_same,
+    config,
+    losses,
+    parse,
+    refusal,
+    run_config,
+    scalars,
+    small,
+    train,
+    write_dataset,
+)
 
 KEYS = ["image", "label"]
 MILD = [
@@ -92,41 +103,6 @@ def contents(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def refusal(run: Callable[[], Any]) -> str:
-    """Message of the InputError that a run ends with, which MONAI may have wrapped."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011  # the type is checked below
-        run()
-    error: BaseException | None = caught.value
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    assert isinstance(error, InputError), caught.value
-    return str(error)
-
-
-def parse(item: str, **override: Any) -> Any:
-    """Build one item of train.json."""
-    workflow = ConfigWorkflow(config("train"), logging_file=False, workflow_type=None, **small(**override))
-    workflow.initialize()
-    return workflow.parser.get_parsed_content(item)
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Equality to the last bit of nested states."""
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, (first, second) in enumerate(zip(one, other, strict=True)):
-            assert_same(first, second, f"{where}/{index}")
-    else:
-        assert one == other, where
-
-
 def read(path: str | Path) -> Any:
     return torch.load(path, weights_only=True)
 
@@ -183,6 +159,15 @@ def test_resume_with_another_network(learned: Run) -> None:
     again = {"resume": True, "max_epochs": 9, "network_def#head": "linear"}
     message = refusal(lambda: train(learned.data, learned.out, **again))
     assert "checkpoint_epoch=7.pt: is not of this network" in message
+
+
+def test_a_longer_training_goes_on_also_with_mixed_precision(folder: Path, data: Path) -> None:
+    """The gradient scaler, which does nothing on CPU, is a part of the checkpoint."""
+    options = {"amp": True, "samples_per_epoch": 2}
+    train(data, folder, max_epochs=1, **options)
+    train(data, folder, max_epochs=2, resume=True, **options)
+    states = read(latest_checkpoint(folder / "checkpoints"))
+    assert "scaler" in states and states["trainer"] == {"epoch": 2, "iteration": 2}
 
 
 def test_the_learning_rate_follows_a_raised_max_epochs(learned: Run) -> None:
@@ -243,20 +228,6 @@ def test_content_of_a_checkpoint(learned: Run) -> None:
     assert_same(dict(states["network"]), dict(read(learned.out / "model_last.pt")))
     for name in ("model.pt", "model_last.pt"):
         SegmentationNet(10, 3, "fpn").load_state_dict(read(learned.out / name))
-
-
-def scalars(out: Path, tag: str) -> dict[int, float]:
-    """By step; of several event files the last that has a step."""
-    found = {}
-    for path in sorted(out.glob("events.out.tfevents*"), key=lambda p: p.stat().st_mtime):
-        events = EventAccumulator(str(path)).Reload()
-        if tag in events.Tags()["scalars"]:
-            found.update({event.step: event.value for event in events.Scalars(tag)})
-    return found
-
-
-def losses(out: Path) -> dict[int, float]:
-    return scalars(out, "train_loss")
 
 
 def test_it_learns(learned: Run) -> None:
@@ -424,9 +395,7 @@ def test_evaluation_equals_dice_by_hand(learned: Run, folder: Path) -> None:
         mask = np.asarray(nib.load(folder / "masks" / f"chest{case}_seg.nii.gz").dataobj)
         label = np.asarray(nib.load(learned.data / "labels" / f"chest{case}.nii.gz").dataobj)
         assert mask.shape == label.shape == SHAPE
-        by_hand += [
-            2 * ((mask == v) & (label == v)).sum() / ((mask == v).sum() + (label == v).sum()) for v in (1, 2)
-        ]
+        by_hand += [2 * ((mask == v) & (label == v)).sum() / ((mask == v).sum() + (label == v).sum()) for v in (1, 2)]
     assert list(rows["case"]) == [f"chest{case}" for case in range(4) for _ in (1, 2)]
     assert rows["dice"] == pytest.approx(by_hand, abs=1e-4)
     assert evaluation.parser.get_parsed_content("evaluator").state.metrics["mean_dice"] == pytest.approx(
