@@ -39,6 +39,7 @@ __all__ = [
     "RandomState",
     "SegmentationNet",
     "SegmentationWriter",
+    "__version__",
     "clear_errors",
     "find_cases",
     "initialise",
@@ -47,5 +48,4 @@ __all__ = [
     "load_network",
     "read_datalist",
     "split_by_patient",
-    "__version__",
 ]

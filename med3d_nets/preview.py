@@ -118,7 +118,7 @@ def _draw_outlines(
     padded = np.pad(labels_2d, 1)  # closes outlines at the border, and a contour needs two pixels
     x, y = (np.arange(-1, n - 1) * spacing[axis] for n, axis in zip(padded.shape, shown, strict=True))
     for colour, value in zip(_cycle(values), values, strict=True):
-        region = padded.T == value
+        region = value == padded.T
         if region.any():
             axes.contour(x, y, region.astype(float), levels=[0.5], colors=[colour], linewidths=1.3)
 
@@ -143,9 +143,7 @@ def _decorate(axes: Axes, name: str, marks: str) -> None:
 def _write(figure: Figure, labels: Mapping[int, str], title: str, notes: Sequence[str]) -> None:
     """Headline, legend and notes; names may hold characters that matplotlib would read as mathematics."""
     height = figure.get_figheight()
-    figure.text(
-        0.02, 1 - 0.12 / height, title, color=_TEXT, fontsize=14, weight="bold", va="top", parse_math=False
-    )
+    figure.text(0.02, 1 - 0.12 / height, title, color=_TEXT, fontsize=14, weight="bold", va="top", parse_math=False)
     handles = [Line2D([], [], color=c, linewidth=3) for c in _cycle(list(labels))]
     legend = figure.legend(
         handles,

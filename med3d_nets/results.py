@@ -138,9 +138,7 @@ class SegmentationWriter:
             },
         }
 
-    def _picture(
-        self, image: MetaTensor, nifti: nib.Nifti1Image, measures: dict[str, Any], case: str
-    ) -> bytes:
+    def _picture(self, image: MetaTensor, nifti: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
         """The mask as written, brought onto the image's grid by the affines: a wrong place would show."""
         low, high = self.hu_window
         affine = image.affine.numpy()
@@ -206,13 +204,9 @@ def measure(
     warnings += _side_warnings(profiles, affine)
     if not volume_range_ml[0] <= total <= volume_range_ml[1]:
         low, high = volume_range_ml
-        warnings.append(
-            f"the total volume of {total:,.0f} mL is implausible (usual are {low:,.0f} to {high:,.0f} mL)"
-        )
+        warnings.append(f"the total volume of {total:,.0f} mL is implausible (usual are {low:,.0f} to {high:,.0f} mL)")
     if spacing.max() > max_spacing_mm + 1e-3:
-        warnings.append(
-            f"slices {spacing.max():.1f} mm apart: borders are uncertain above {max_spacing_mm:g} mm"
-        )
+        warnings.append(f"slices {spacing.max():.1f} mm apart: borders are uncertain above {max_spacing_mm:g} mm")
     return {
         "shape": list(mask.shape),
         "spacing_mm": [round(float(s), 5) for s in spacing],
@@ -251,12 +245,7 @@ def _side_warnings(profiles: Mapping[str, Profiles], affine: NDArray[np.float64]
     found = []
     for name in profiles:
         other = name.replace("left ", "right ", 1)
-        if (
-            other == name
-            or other not in profiles
-            or not profiles[name][0].any()
-            or not profiles[other][0].any()
-        ):
+        if other == name or other not in profiles or not profiles[name][0].any() or not profiles[other][0].any():
             continue
         if _centre(profiles[name], affine)[0] >= _centre(profiles[other], affine)[0]:
             found.append(f"{name} is not on the left of {other}: check the orientation of the image")

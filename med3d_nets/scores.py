@@ -58,9 +58,7 @@ class CaseScores:
         self.labels = {int(value): name for value, name in labels.items()}
         by_name = dict(tolerance_mm) if isinstance(tolerance_mm, Mapping) else {}
         if by_name and set(by_name) != set(self.labels.values()):
-            raise InputError(
-                f"tolerance_mm names {sorted(by_name)}; needed are {sorted(self.labels.values())}."
-            )
+            raise InputError(f"tolerance_mm names {sorted(by_name)}; needed are {sorted(self.labels.values())}.")
         self.tolerance_mm = by_name or {name: float(tolerance_mm) for name in self.labels.values()}  # type: ignore[arg-type]
         self._cases: dict[str, dict[str, Scores]] = {}
 
@@ -147,12 +145,8 @@ def score(pred: torch.Tensor, label: torch.Tensor, affine: np.ndarray, tolerance
     start, end = generate_spatial_bounding_box((pred | label)[None], margin=1, allow_smaller=True)
     box = (None, None, *(slice(low, high) for low, high in zip(start, end, strict=True)))
     one, two = pred[box], label[box]  # surfaces of the whole volume would take gigabytes
-    surface_dice = compute_surface_dice(
-        one, two, [tolerance_mm], include_background=True, spacing=spacing.tolist()
-    )
-    hd95 = compute_hausdorff_distance(
-        one, two, include_background=True, percentile=95, spacing=spacing.tolist()
-    )
+    surface_dice = compute_surface_dice(one, two, [tolerance_mm], include_background=True, spacing=spacing.tolist())
+    hd95 = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=spacing.tolist())
     return {
         "dice": float(compute_dice(one, two, include_background=True)),
         "surface_dice": float(surface_dice),

@@ -61,7 +61,9 @@ class CheckLabeld(MapTransform):
         num_classes: labels 0 to num_classes - 1 are allowed.
     """
 
-    def __init__(self, keys: KeysCollection, image_key: str, num_classes: int, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, image_key: str, num_classes: int, allow_missing_keys: bool = False
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.image_key = image_key
         self.num_classes = num_classes

@@ -98,9 +98,7 @@ def encoder_input(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (_uniform("input", INPUT_SHAPE, -1.5, 1.5) + torch.arange(INPUT_SHAPE[-1]) / 16 - 1.0).to(dtype)
 
 
-def encoder_maps(
-    state: State, x: torch.Tensor, depth: int, shortcut: str, output_stride: int
-) -> list[torch.Tensor]:
+def encoder_maps(state: State, x: torch.Tensor, depth: int, shortcut: str, output_stride: int) -> list[torch.Tensor]:
     """Evaluate the encoder: conv1, norm, ReLU, max-pooling, layer1 to layer4.
 
     Args:
@@ -153,30 +151,22 @@ def network_name(depth: int, shortcut: str, output_stride: int) -> str:
 
 def _basic(state: State, name: str, x: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     w1, w2 = state[f"{name}.conv1.weight"], state[f"{name}.conv2.weight"]
-    x = F.relu(
-        _norm(state, f"{name}.bn1", F.conv3d(x, w1, stride=stride, padding=dilation, dilation=dilation))
-    )
+    x = F.relu(_norm(state, f"{name}.bn1", F.conv3d(x, w1, stride=stride, padding=dilation, dilation=dilation)))
     return _norm(state, f"{name}.bn2", F.conv3d(x, w2, padding=dilation, dilation=dilation))
 
 
 def _bottleneck(state: State, name: str, x: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     w1, w2, w3 = (state[f"{name}.conv{number}.weight"] for number in (1, 2, 3))
     x = F.relu(_norm(state, f"{name}.bn1", F.conv3d(x, w1)))
-    x = F.relu(
-        _norm(state, f"{name}.bn2", F.conv3d(x, w2, stride=stride, padding=dilation, dilation=dilation))
-    )
+    x = F.relu(_norm(state, f"{name}.bn2", F.conv3d(x, w2, stride=stride, padding=dilation, dilation=dilation)))
     return _norm(state, f"{name}.bn3", F.conv3d(x, w3))
 
 
-def _shortcut(
-    state: State, name: str, x: torch.Tensor, out: torch.Tensor, stride: int, shortcut: str
-) -> torch.Tensor:
+def _shortcut(state: State, name: str, x: torch.Tensor, out: torch.Tensor, stride: int, shortcut: str) -> torch.Tensor:
     if x.shape == out.shape:
         return x
     if shortcut == "B":
-        return _norm(
-            state, f"{name}.downsample.1", F.conv3d(x, state[f"{name}.downsample.0.weight"], stride=stride)
-        )
+        return _norm(state, f"{name}.downsample.1", F.conv3d(x, state[f"{name}.downsample.0.weight"], stride=stride))
     padded = torch.zeros_like(out)
     padded[:, : x.shape[1]] = F.avg_pool3d(x, kernel_size=1, stride=stride)
     return padded
@@ -184,8 +174,7 @@ def _shortcut(
 
 def _norm(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
     mean, variance, weight, bias = (
-        state[f"{name}.{part}"].view(1, -1, 1, 1, 1)
-        for part in ("running_mean", "running_var", "weight", "bias")
+        state[f"{name}.{part}"].view(1, -1, 1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
     )
     return (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
 
@@ -224,16 +213,12 @@ def _golden() -> dict[str, list[dict[str, Any]]]:
     for network in EVERY_NETWORK:
         state = encoder_state(*network[:2], dtype=torch.float64)
         with torch.no_grad():
-            records[network_name(*network)] = summary(
-                encoder_maps(state, encoder_input(torch.float64), *network)
-            )
+            records[network_name(*network)] = summary(encoder_maps(state, encoder_input(torch.float64), *network))
         print(network_name(*network), flush=True)
     return records
 
 
 if __name__ == "__main__":
     GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(
-        "{\n" + ",\n".join(f'"{name}": {json.dumps(maps)}' for name, maps in _golden().items()) + "\n}\n"
-    )
+    GOLDEN.write_text("{\n" + ",\n".join(f'"{name}": {json.dumps(maps)}' for name, maps in _golden().items()) + "\n}\n")
     print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes")

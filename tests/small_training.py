@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from med3d_nets.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-BUNDLE = Path("/tmp/tt/bundles/lung_ct_segmentation_resnet10")
+BUNDLE = ROOT / "bundles" / "lung_ct_segmentation_resnet10"
 SHAPE = (48, 36, 32)
 SPACING = 6.0  # mm
 
@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "samples_per_epoch": 4,
     "max_epochs": 2,
     "val_interval": 1,
+    "norm_batches": 2,
     "num_workers": 0,
     "val_patients": ["chest0"],
 }

@@ -135,9 +135,7 @@ class TestMake:
         bundles.make(NAME, NAME.replace("10", "152"), templates=task.parent, bundles=tmp_path / "out")
         ten, big = Bundle(tmp_path / "out" / NAME), Bundle(tmp_path / "out" / NAME.replace("10", "152"))
         assert record.items() <= ten.metadata.items()
-        assert "| mean dice | 0.975 |" in ten.text("docs/README.md") and "none" not in ten.text(
-            "docs/README.md"
-        )
+        assert "| mean dice | 0.975 |" in ten.text("docs/README.md") and "none" not in ten.text("docs/README.md")
         assert big.metadata["version"] != "0.2.0" and "weights_sha256" not in big.metadata
         assert big.text("docs/README.md") == (
             f"none; trained is `{NAME}`\nresnet101 stays, resnet152 and resnet_152.pth do not\n"
@@ -401,9 +399,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 class TestCheck:
-    def test_healthy_without_weights(
-        self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_healthy_without_weights(self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         bundles.check(str(copy_of(made, tmp_path)))
         assert "1 bundles, no faults" in capsys.readouterr().out
 
@@ -455,9 +451,7 @@ class TestCheck:
         ],
         ids=["wrapped", "prefixed", "missing key", "additional key", "NaN", "pickled class"],
     )
-    def test_weights(
-        self, change: Callable[[Any], Any], expected: str, trained: Path, tmp_path: Path
-    ) -> None:
+    def test_weights(self, change: Callable[[Any], Any], expected: str, trained: Path, tmp_path: Path) -> None:
         folder = copy_of(trained, tmp_path)
         path = folder / "models" / "model.pt"
         torch.save(change(torch.load(path, weights_only=True)), path)
@@ -476,9 +470,7 @@ class TestCheck:
         (fault,) = check_bundle(made / NAME)
         assert str(fault).startswith("configs/inference.json: TorchScript export fails (")
 
-    def test_every_fault_at_once(
-        self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_every_fault_at_once(self, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = copy_of(made, tmp_path)
         cases = [
             "other licence",

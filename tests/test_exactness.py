@@ -61,9 +61,7 @@ def _assert_golden(maps: Maps, network: Network) -> None:
     for index, (a, b) in enumerate(zip(found, golden, strict=True)):
         assert a["shape"] == b["shape"], f"map {index}"
         for part in ("mean", "std", "max", "samples"):
-            assert a[part] == pytest.approx(b[part], rel=0, abs=TOLERANCE * b["max"]), (
-                f"{part} of map {index}"
-            )
+            assert a[part] == pytest.approx(b[part], rel=0, abs=TOLERANCE * b["max"]), f"{part} of map {index}"
 
 
 @pytest.fixture(scope="module", params=_params(always=(8,)))
@@ -125,7 +123,7 @@ class TestYardstick:
             with torch.no_grad():
                 net.load_state_dict({**state, key: state[key] * 1.01}, assign=True)
                 maps = net(x)
-            with pytest.raises(AssertionError, match="of map [34]"):
+            with pytest.raises(AssertionError, match=r"of map [34]"):
                 _assert_golden(maps, (50, "B", 8))
 
 

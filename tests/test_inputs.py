@@ -228,9 +228,7 @@ def test_nifti_affine_is_nibabels(sform: int, qform: int, tmp_path: Path) -> Non
     image.set_sform(AFFINE if sform else None, sform)
     image.set_qform(np.diag([0.7, 0.8, 2.5, 1]) if qform else None, qform)
     nib.save(image, tmp_path / "x.nii")
-    np.testing.assert_allclose(
-        load(tmp_path / "x.nii").affine, nib.load(tmp_path / "x.nii").affine, atol=1e-6
-    )
+    np.testing.assert_allclose(load(tmp_path / "x.nii").affine, nib.load(tmp_path / "x.nii").affine, atol=1e-6)
 
 
 def test_scaled_and_big_endian_nifti(tmp_path: Path) -> None:

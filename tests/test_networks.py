@@ -81,9 +81,7 @@ class TestEncoder:
         with torch.device("meta"):
             net = Med3DResNet(depth, shortcut, output_stride=output_stride)
             maps = net(torch.empty(2, 1, 33, 64, 100))
-        assert list(_shapes(net.state_dict()).items()) == list(
-            reference.encoder_shapes(depth, shortcut).items()
-        )
+        assert list(_shapes(net.state_dict()).items()) == list(reference.encoder_shapes(depth, shortcut).items())
         strides = (2, 4, 8, *{8: (8, 8), 16: (16, 16), 32: (16, 32)}[output_stride])
         widths = (64, 256, 512, 1024, 2048) if depth >= 50 else (64, 64, 128, 256, 512)
         assert (net.feature_strides, net.feature_channels) == (strides, widths)
@@ -183,7 +181,7 @@ class TestSegmentationNet:
         optimiser.step()
         changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
         backbone = {key for key in before if key.startswith("backbone.")}
-        assert changed - backbone and not {key for key in changed - backbone if "running" not in key} == set()
+        assert any(key.endswith("weight") for key in changed - backbone)
         assert changed & backbone == (set() if frozen else backbone)
         assert all((p.grad is None) == frozen for p in net.backbone.parameters())
 
@@ -249,9 +247,7 @@ class TestFlexibleUNet:
     )
     def test_refuses(self, arguments: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            FlexibleUNet(
-                **{"in_channels": 1, "out_channels": 2, "backbone": NAMES[0], "spatial_dims": 3, **arguments}
-            )
+            FlexibleUNet(**{"in_channels": 1, "out_channels": 2, "backbone": NAMES[0], "spatial_dims": 3, **arguments})
 
 
 def _tiny(shapes: dict[str, tuple[int, ...]]) -> State:
@@ -286,10 +282,7 @@ class TestLoading:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
     def test_other_forms(self, prefix: str, dtype: torch.dtype, tmp_path: Path) -> None:
         state = _tiny(reference.encoder_shapes(10, "B"))
-        state = {
-            prefix + key: value.to(dtype) if value.is_floating_point() else value
-            for key, value in state.items()
-        }
+        state = {prefix + key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
         if "backbone" in prefix:
             state[prefix.replace("backbone", "head") + "conv.weight"] = torch.zeros(3)
         net = load_backbone(Med3DResNet(10), _write(tmp_path / "w.pt", state))
@@ -312,9 +305,9 @@ class TestLoading:
         path = _write(tmp_path / "model.pt", saved.state_dict())
         assert load_network(net, path) is net
         assert all(torch.equal(value, saved.state_dict()[key]) for key, value in net.state_dict().items())
-        with pytest.raises(InputError, match="ResNet-10 with shortcut B.*ResNet-18 with shortcut A"):
+        with pytest.raises(InputError, match=r"ResNet-10 with shortcut B.*ResNet-18 with shortcut A"):
             load_network(SegmentationNet(18, 3, "fpn"), path)
-        with pytest.raises(InputError, match=r"12 missing \(head\.|unexpected \(head\.top"):
+        with pytest.raises(InputError, match=r"14 missing \(head\.conv_seg\.0.*unexpected \(head\.top\.weight"):
             load_network(SegmentationNet(10, 3), path)
 
     def test_sha256(self, tmp_path: Path) -> None:
@@ -380,9 +373,7 @@ class TestRefusal:
         message = self._refused(net, _write(tmp_path / "w.pth", {"state_dict": make()}))
         assert all(name in message for name in names), message
 
-    @pytest.mark.parametrize(
-        "content", [b"", b"weights\n", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04junk"]
-    )
+    @pytest.mark.parametrize("content", [b"", b"weights\n", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04junk"])
     def test_no_checkpoint(self, content: bytes, net: Med3DResNet, tmp_path: Path) -> None:
         (tmp_path / "w.pth").write_bytes(content)
         assert "not a checkpoint" in self._refused(net, tmp_path / "w.pth")
@@ -392,13 +383,9 @@ class TestRefusal:
         path.write_bytes(path.read_bytes()[:-100])
         assert "not a checkpoint" in self._refused(net, path)
 
-    @pytest.mark.parametrize(
-        "content", [[torch.ones(1)], {}, {"epoch": 3}, {"state_dict": [1]}, torch.ones(2)]
-    )
+    @pytest.mark.parametrize("content", [[torch.ones(1)], {}, {"epoch": 3}, {"state_dict": [1]}, torch.ones(2)])
     def test_no_state_dict(self, content: object, net: Med3DResNet, tmp_path: Path) -> None:
-        assert "a state dict (tensors by name) is needed" in self._refused(
-            net, _write(tmp_path / "w.pth", content)
-        )
+        assert "a state dict (tensors by name) is needed" in self._refused(net, _write(tmp_path / "w.pth", content))
 
     def test_absent(self, net: Med3DResNet, tmp_path: Path) -> None:
         assert "no such weights file" in self._refused(net, tmp_path / "none.pth")

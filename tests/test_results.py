@@ -133,11 +133,7 @@ def test_mask_is_on_the_grid_of_the_input(tmp_path: Path, weights: Path, grid: s
         np.testing.assert_allclose(mask.get_qform(coded=True)[0], image.affine, atol=1e-4)
     found = np.asarray(mask.dataobj)
     for value in (1, 2):
-        dice = (
-            2
-            * np.sum((found == value) & (truth == value))
-            / (np.sum(found == value) + np.sum(truth == value))
-        )
+        dice = 2 * np.sum((found == value) & (truth == value)) / (np.sum(found == value) + np.sum(truth == value))
         assert dice > 0.9, f"{NAMES[value]}: {dice}"
 
 
@@ -213,9 +209,7 @@ def test_a_bad_case_does_not_stop_the_others(
     printed = capfd.readouterr()
     assert "[1/4] a\n" in printed.out and "[4/4] z\n" in printed.out and "2 of 4 cases done" in printed.out
     assert "terminating" not in printed.err + caplog.text
-    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
-        "odd failed unexpectedly"
-    ] * 2
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["odd failed unexpectedly"] * 2
 
 
 def test_the_error_of_a_single_case_is_its_message(tmp_path: Path, weights: Path) -> None:
@@ -235,18 +229,14 @@ def test_an_interrupt_stops_at_once(tmp_path: Path, weights: Path) -> None:
     assert started == ["stop"]
 
 
-def test_no_space_leaves_nothing_behind(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_space_leaves_nothing_behind(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(image: Any, path: Path) -> None:
         Path(path).write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     make_ct(tmp_path / "ct.nii.gz", GRIDS["canonical"])
     monkeypatch.setattr(results.nib, "save", full)
-    with pytest.raises(
-        InputError, match=r"out: the results of ct cannot be written \(No space .* MB are needed"
-    ):
+    with pytest.raises(InputError, match=r"out: the results of ct cannot be written \(No space .* MB are needed"):
         make_evaluator([tmp_path / "ct.nii.gz"], tmp_path / "out", weights).run()
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -102,9 +102,7 @@ class Make(MapTransform):
         if data["case"].startswith("broken"):
             raise InputError(f"{data['case']}: cannot be read")
         maps = {
-            key: MetaTensor(
-                (box(*data[key]) + 2 * box(*data["right"]).int() * data["has_right"])[None].float(), AFFINE
-            )
+            key: MetaTensor((box(*data[key]) + 2 * box(*data["right"]).int() * data["has_right"])[None].float(), AFFINE)
             for key in ("image", "label")
         }
         return {**data, **maps}
@@ -196,9 +194,7 @@ def test_a_label_of_another_size(tmp_path: Path) -> None:
     handler = CaseScores(tmp_path, LABELS)
     engine = type("Engine", (), {})()
     engine.state = type("State", (), {"case": "x"})()
-    engine.state.output = [
-        {"pred": MetaTensor(torch.zeros(1, 4, 4, 4)), "label": MetaTensor(torch.zeros(1, 4, 4, 5))}
-    ]
+    engine.state.output = [{"pred": MetaTensor(torch.zeros(1, 4, 4, 4)), "label": MetaTensor(torch.zeros(1, 4, 4, 5))}]
     with pytest.raises(InputError, match=r"x: the label's shape \(4, 4, 5\) differs .* \(4, 4, 4\)"):
         handler(engine)
 

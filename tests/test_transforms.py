@@ -33,9 +33,7 @@ def test_mirroring_swaps_sides_and_their_labels() -> None:
     before, after = scan(), mirror(1.0)(scan())
     assert torch.equal(after["image"], before["image"].flip(1))
     assert (after["label"][:, 0] == 1).all() and (after["label"][:, 3] == 2).all(), "left stays left"
-    assert (after["label"][:, 2, 0] == 3).all() and (after["label"] == 3).sum() == 2, (
-        "unpaired labels move along"
-    )
+    assert (after["label"][:, 2, 0] == 3).all() and (after["label"] == 3).sum() == 2, "unpaired labels move along"
 
 
 def test_mirroring_twice_gives_the_same() -> None:
@@ -97,9 +95,7 @@ def test_values_that_are_no_class(value: float) -> None:
 
 def test_another_shape() -> None:
     label = scan()["label"][:, :, :, :1]
-    with pytest.raises(
-        InputError, match=r"^seg\.nii\.gz: .* shape \(4, 3, 1\) and \(4, 3, 2\), affines equal"
-    ):
+    with pytest.raises(InputError, match=r"^seg\.nii\.gz: .* shape \(4, 3, 1\) and \(4, 3, 2\), affines equal"):
         check(label=label)
 
 

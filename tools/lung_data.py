@@ -14,7 +14,9 @@ import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fire
 import matplotlib.pyplot as plt
@@ -37,8 +39,10 @@ from tools.lung_labels import (
     outside_air,
     part_sides,
 )
+from tools.phantom import field_of_view, make_phantom
 
 LABELS = {"0": "background", "1": "left lung", "2": "right lung"}
+FIRST_SEED = 1000  # of the phantoms; tests and demo use lower ones
 Box = tuple[int, int, int, int]
 Spacing = tuple[float, float, float]
 Labeller = Callable[[np.ndarray, Spacing, Path], np.ndarray]
@@ -48,13 +52,15 @@ Labeller = Callable[[np.ndarray, Spacing, Path], np.ndarray]
 class Case:
     """A real scan: where it lies below the data folder, whose it is and how its label is made.
 
-    `slices` keeps only those axial slices (from the feet) of a volume with damaged ends.
+    `weight` is how often training draws it, a phantom's being 1; `slices` keeps only those axial slices (from the
+    feet) of a volume with damaged ends.
     """
 
     name: str
     path: str
     patient: str
     labeller: Labeller
+    weight: float = 1.0
     held_out: bool = False
     slices: tuple[int, int] | None = None
 
@@ -75,14 +81,15 @@ def make(source: str, out: str, phantoms: int = 48, spacing: float = 2.0) -> Non
     missing = [case.path for case in CASES if not (root / case.path).exists()]
     if missing:
         raise InputError(f"{root}: {', '.join(missing)} not found; give --source the folder that holds lung_ct")
-    entries: dict[str, list[dict[str, str]]] = {"training": [], "test": []}
+    entries: dict[str, list[dict[str, Any]]] = {"training": [], "test": []}
     for case in CASES:
         kind = "test" if case.held_out else "training"
-        entries[kind].append(_add(folder, case.name, case.patient, case.held_out, lambda c=case: _real(root, c)))
-    for seed in range(phantoms):
-        name = f"phantom_{seed:03d}"
-        entry = _add(folder, name, name, False, lambda s=seed: _phantom(s, spacing))
-        entries["training"].append(entry)
+        entry = _add(folder, case.name, case.held_out, partial(_real, root, case))
+        entries[kind].append({**entry, "patient": case.patient, "weight": case.weight})
+    for number in range(phantoms):
+        name = f"phantom_{number:03d}"
+        entry = _add(folder, name, False, partial(_phantom, FIRST_SEED + number, spacing))
+        entries["training"].append({**entry, "patient": name, "weight": 1.0})
     index = {
         "name": "lung_ct_left_right",
         "description": "lungs in CT, labelled by hand or by the classical method of tools.lung_labels; phantoms",
@@ -105,7 +112,7 @@ def look(folder: str, png: str) -> None:
     index = json.loads(index_path.read_text())
     pictures.mkdir(parents=True, exist_ok=True)
     for entry in index["training"] + index["test"]:
-        image, label = nib.load(root / entry["image"]), nib.load(root / entry["label"])
+        image, label = _canonical(root / entry["image"]), _canonical(root / entry["label"])
         name = Path(entry["image"]).name.removesuffix(".nii.gz")
         _draw(np.asarray(image.dataobj), np.asarray(label.dataobj), image.header.get_zooms(), name, pictures)
 
@@ -199,16 +206,16 @@ def _given_right(hu: np.ndarray, spacing: Spacing, path: Path) -> np.ndarray:
 
 CASES = (
     Case("cip64", "lung_ct/imagesTr/cip64.nii.gz", "cip64", _given_parted, held_out=True),
-    Case("elastix_baseline", "lung_ct/imagesTr/elastix_baseline.nii.gz", "elastix", _given_right),
-    Case("elastix_followup", "lung_ct/imagesTr/elastix_followup.nii.gz", "elastix", _given_right),
-    Case("totalseg_abdomen", "lung_ct/imagesTr/totalseg_abdomen.nii.gz", "totalseg_abdomen", _classical),
-    Case("chest_dicom", "chest_ct_dicom/series", "chest_dicom", _classical_with_mass),
-    Case("totalseg_aorta", "unlabelled_ct/totalseg_aorta.nii.gz", "totalseg_aorta", _classical),
-    Case("totalseg_pulmonary", "unlabelled_ct/totalseg_pulmonary.nii.gz", "totalseg_aorta", _classical),
-    Case("ctfm_s0335", "unlabelled_ct/ctfm_s0335.nii.gz", "ctfm_s0335", _classical),
-    Case("ctfm_ts0002", "unlabelled_ct/ctfm_ts0002.nii.gz", "ctfm_ts0002", _empty, slices=(9, 99)),
-    Case("ctfm_ts0003", "unlabelled_ct/ctfm_ts0003.nii.gz", "ctfm_ts0003", _classical),
-    Case("ctfm_ts0009", "unlabelled_ct/ctfm_ts0009.nii.gz", "ctfm_ts0009", _empty),
+    Case("elastix_baseline", "lung_ct/imagesTr/elastix_baseline.nii.gz", "elastix", _given_right, 5.0),
+    Case("elastix_followup", "lung_ct/imagesTr/elastix_followup.nii.gz", "elastix", _given_right, 5.0),
+    Case("totalseg_abdomen", "lung_ct/imagesTr/totalseg_abdomen.nii.gz", "totalseg_abdomen", _classical, 6.0),
+    Case("chest_dicom", "chest_ct_dicom/series", "chest_dicom", _classical_with_mass, 12.0),
+    Case("totalseg_aorta", "unlabelled_ct/totalseg_aorta.nii.gz", "totalseg_aorta", _classical, 8.0),
+    Case("totalseg_pulmonary", "unlabelled_ct/totalseg_pulmonary.nii.gz", "totalseg_aorta", _classical, 6.0),
+    Case("ctfm_s0335", "unlabelled_ct/ctfm_s0335.nii.gz", "ctfm_s0335", _classical, 5.0),
+    Case("ctfm_ts0002", "unlabelled_ct/ctfm_ts0002.nii.gz", "ctfm_ts0002", _empty, 3.0, slices=(9, 99)),
+    Case("ctfm_ts0003", "unlabelled_ct/ctfm_ts0003.nii.gz", "ctfm_ts0003", _classical, 5.0),
+    Case("ctfm_ts0009", "unlabelled_ct/ctfm_ts0009.nii.gz", "ctfm_ts0009", _empty, 3.0),
 )
 
 
@@ -246,23 +253,17 @@ def _real(root: Path, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _phantom(seed: int, spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from tools.phantom import make_phantom  # real scans need no phantom
-
-    rng = np.random.default_rng((seed, 1))
-    width = rng.uniform(300, 430)
-    size = (width, float(np.clip(width * rng.uniform(0.62, 1.0), 210, 400)), rng.uniform(240, 330))
-    phantom = make_phantom(seed, size_mm=size, spacing=(spacing,) * 3, region="random")
+    phantom = make_phantom(seed, field_of_view(seed), (spacing, spacing, spacing), region="random")
     return phantom.image, phantom.label, phantom.affine
 
 
 def _add(
     folder: Path,
     name: str,
-    patient: str,
     held_out: bool,
     build: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> dict[str, str]:
-    """Write one case unless it is there, and return its entry."""
+    """Write one case unless it is there, and return its paths in the folder."""
     part = "Ts" if held_out else "Tr"
     image, label = f"images{part}/{name}.nii.gz", f"labels{part}/{name}.nii.gz"
     if not ((folder / image).is_file() and (folder / label).is_file()):
@@ -270,7 +271,7 @@ def _add(
         _write_nifti(folder / image, np.rint(np.clip(hu, -1100, 3200)).astype(np.int16), affine)
         _write_nifti(folder / label, mask.astype(np.uint8), affine)
         print(f"{name}: left {int((mask == LEFT).sum())}, right {int((mask == RIGHT).sum())} voxels", flush=True)
-    return {"image": f"./{image}", "label": f"./{label}", "patient": patient}
+    return {"image": f"./{image}", "label": f"./{label}"}
 
 
 def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:

@@ -109,14 +109,14 @@ def part_sides(
     return _assign_rest(lungs, sides, spacing)
 
 
-def dilate(mask: np.ndarray, spacing: tuple[float, float, float], radius: float) -> np.ndarray:
+def dilate(mask: np.ndarray, spacing: tuple[float, ...], radius: float) -> np.ndarray:
     """Dilation with a ball of `radius` mm."""
     if not mask.any():
         return mask.copy()
     return ndimage.distance_transform_edt(~mask, sampling=spacing) <= radius
 
 
-def close(mask: np.ndarray, spacing: tuple[float, float, float], radius: float) -> np.ndarray:
+def close(mask: np.ndarray, spacing: tuple[float, ...], radius: float) -> np.ndarray:
     """Closing with a ball of `radius` mm that does not lose voxels at the border of the field of view."""
     margin = [int(np.ceil(radius / s)) + 1 for s in spacing]
     where = tuple(
@@ -130,7 +130,7 @@ def close(mask: np.ndarray, spacing: tuple[float, float, float], radius: float) 
     return result
 
 
-def _erode(mask: np.ndarray, spacing: tuple[float, float, float], radius: float) -> np.ndarray:
+def _erode(mask: np.ndarray, spacing: tuple[float, ...], radius: float) -> np.ndarray:
     return ndimage.distance_transform_edt(mask, sampling=spacing) > radius
 
 

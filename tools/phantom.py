@@ -125,7 +125,7 @@ def make(
         (folder / name).mkdir(parents=True, exist_ok=True)
     training = []
     for i in range(int(count)):
-        phantom = make_phantom(seed + i, _field_of_view(seed + i), spacing, region, pathology)
+        phantom = make_phantom(seed + i, field_of_view(seed + i), spacing, region, pathology)
         name = f"phantom_{i:04d}.nii.gz"
         save_phantom(phantom, folder / "imagesTr" / name, folder / "labelsTr" / name)
         training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
@@ -158,7 +158,7 @@ def _diseases(rng: np.random.Generator, pathology: str | None) -> list[str]:
     return sorted(rng.choice(list(phantom_lungs.DISEASES), count, replace=False).tolist())
 
 
-def _field_of_view(seed: int) -> tuple[float, float, float]:
+def field_of_view(seed: int) -> tuple[float, float, float]:
     """Size (mm) of a random scan: from a tight chest to a wide field with the whole table."""
     rng = np.random.default_rng((seed, 1))
     width = rng.uniform(300, 430)
