@@ -1,7 +1,8 @@
 """Registers the Med3D encoders as backbones of MONAI's FlexibleUNet.
 
-``FlexibleUNet(in_channels=1, out_channels=2, backbone="med3d_resnet50", spatial_dims=3)`` works once ``med3d_nets`` is
-imported. Its decoder doubles the scale at every step, so the encoder runs at output stride 32; the weights are the same.
+``FlexibleUNet(in_channels=1, out_channels=2, backbone="med3d_resnet50", spatial_dims=3)`` works once ``med3d_nets``
+is imported. Its decoder doubles the scale at every step, so the encoder runs at output stride 32; the weights are the
+same.
 """
 
 from __future__ import annotations

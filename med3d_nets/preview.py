@@ -86,7 +86,7 @@ def _centre(mask: NDArray[np.integer], labels: Mapping[int, str]) -> list[int]:
 
 def _centre_along(mask: NDArray[np.bool_], axis: int) -> int:
     counts = mask.sum(axis=tuple({0, 1, 2} - {axis}))
-    return int(round(float(np.average(np.arange(len(counts)), weights=counts))))
+    return round(float(np.average(np.arange(len(counts)), weights=counts)))
 
 
 def _draw_slice(axes: Axes, pixels: NDArray[Any], shown: tuple[int, int], spacing: Sequence[float]) -> None:

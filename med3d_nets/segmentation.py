@@ -59,7 +59,7 @@ class SegmentationNet(nn.Module):
             self.backbone.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map an image, (B, in_channels, X, Y, Z), to logits, (B, out_channels, X, Y, Z); at least 16 voxels an axis."""
+        """Map (B, in_channels, X, Y, Z), at least 16 voxels per axis, to logits, (B, out_channels, X, Y, Z)."""
         logits = self.head(self.backbone(x))
         return F.interpolate(logits, size=x.shape[2:], mode="trilinear", align_corners=False)
 
