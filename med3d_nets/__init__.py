@@ -17,6 +17,7 @@ from med3d_nets.results import SegmentationWriter
 from med3d_nets.scores import CaseScores
 from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.training import BestModel, Checkpoints, RandomState, latest_checkpoint
+from med3d_nets.switches import is_on
 from med3d_nets.transforms import CheckLabeld, RandMirrord
 from med3d_nets.weights import initialise, load_backbone, load_network
 
@@ -43,6 +44,7 @@ __all__ = [
     "clear_errors",
     "find_cases",
     "initialise",
+    "is_on",
     "latest_checkpoint",
     "load_backbone",
     "load_network",

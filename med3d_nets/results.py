@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
+from scipy.ndimage import find_objects
 
 import med3d_nets
 from med3d_nets.errors import InputError
@@ -142,11 +143,14 @@ class SegmentationWriter:
         """The mask as written, brought onto the image's grid by the affines: a wrong place would show."""
         low, high = self.hu_window
         affine = image.affine.numpy()
-        mask = resample_from_to(nifti, (image.shape[1:], affine), order=0)
+        ahead = nib.Nifti1Image(np.asarray(nifti.dataobj) + np.uint8(1), nifti.affine)  # 0 is beyond the input
+        moved = resample_from_to(ahead, (image.shape[1:], affine), order=0, mode="grid-constant")
+        found = np.asarray(moved.dataobj)
+        box = find_objects(np.minimum(found, 1))[0]  # without the network's padding
         volumes = [f"{name}  {one['volume_ml']:,.0f} mL" for name, one in measures["labels"].items()]
         return render_preview(
-            image[0].numpy() * (high - low) + low,
-            np.asarray(mask.dataobj),
+            image[0].numpy()[box] * (high - low) + low,
+            np.maximum(found[box], 1) - np.uint8(1),
             nib.affines.voxel_sizes(affine),
             dict(zip(self.labels, volumes, strict=True)),
             f"{case}: {measures['total_volume_ml']:,.0f} mL",

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from med3d_nets import Med3DResNet, SegmentationNet
-from med3d_nets.heads import HEADS
 from tests import reference
 
 Maps = list[torch.Tensor]
@@ -159,18 +158,10 @@ class TestDynamicSizes:
     traced = (2, 1, 33, 40, 43)
     other = (1, 1, 50, 17, 64)
 
-    @pytest.mark.parametrize("shortcut", ["A", "B"])
-    def test_encoder(self, shortcut: str, tmp_path: Path) -> None:
-        net, x, path = _build(10, shortcut, 8), torch.rand(self.other), tmp_path / "net.onnx"
-        program = torch.export.export(net, (torch.rand(self.traced),), dynamic_shapes=ANY_SIZE)
-        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
-        with torch.no_grad():
-            _assert_equal(program.module()(x), net(x))
-            _assert_equal(_run_onnx(path, x), net(x), tolerance=1e-4)
-
-    @pytest.mark.parametrize("head", HEADS)
-    def test_segmentation(self, head: str, tmp_path: Path) -> None:
-        net, x, path = SegmentationNet(10, 3, head).eval(), torch.rand(self.other), tmp_path / "net.onnx"
+    @pytest.mark.parametrize("head, shortcut", [("medicalnet", "A"), ("linear", "B"), ("fpn", "B")])
+    def test_segmentation(self, head: str, shortcut: str, tmp_path: Path) -> None:
+        net = SegmentationNet(10, 3, head, shortcut_type=shortcut).eval()
+        x, path = torch.rand(self.other), tmp_path / "net.onnx"
         program = torch.export.export(net, (torch.rand(self.traced),), dynamic_shapes=ANY_SIZE)
         torch.onnx.export(program, (), path, dynamo=True, verbose=False)
         with torch.no_grad():

@@ -178,14 +178,13 @@ def test_make_writes_a_decathlon_folder_once(
     hu, _ = chest
     affine = np.diag([-3.0, -3.0, 3.0, 1.0])  # stored towards left and back, as DICOM is
     nib.save(nib.Nifti1Image(hu[::-1, ::-1].astype(np.int16), affine), tmp_path / "scan.nii.gz")
-    case = lung_data.Case("scan", "scan.nii.gz", "somebody", _classical, slices=(5, 75))
+    case = lung_data.Case("scan", "scan.nii.gz", "somebody", _classical, 3.0, slices=(5, 75))
     monkeypatch.setattr(lung_data, "CASES", (case,))
     out = tmp_path / "out"
     make(str(tmp_path), str(out), phantoms=0)
     index = json.loads((out / "dataset.json").read_text())
-    assert index["training"] == [
-        {"image": "./imagesTr/scan.nii.gz", "label": "./labelsTr/scan.nii.gz", "patient": "somebody"}
-    ]
+    entry = {"image": "./imagesTr/scan.nii.gz", "label": "./labelsTr/scan.nii.gz", "patient": "somebody"}
+    assert index["training"] == [{**entry, "weight": 3.0}]
     image, label = (nib.load(out / index["training"][0][key]) for key in ("image", "label"))
     assert image.get_data_dtype() == np.int16
     assert label.get_data_dtype() == np.uint8

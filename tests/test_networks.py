@@ -278,8 +278,15 @@ class TestLoading:
         for n, (key, value) in enumerate(net.state_dict().items()):
             assert (value == n).all(), key
 
-    @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        "prefix, dtype",
+        [
+            ("", torch.float16),
+            ("module.", torch.bfloat16),
+            ("backbone.", torch.float64),
+            ("module.backbone.", torch.float32),
+        ],
+    )
     def test_other_forms(self, prefix: str, dtype: torch.dtype, tmp_path: Path) -> None:
         state = _tiny(reference.encoder_shapes(10, "B"))
         state = {prefix + key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}

@@ -68,6 +68,8 @@ def render(template: Path, depth: int, bundles: Path, licence: Path) -> dict[str
     """
     weights = bundles / f"{template.name}_resnet{depth}" / "models" / "model.pt"
     record = _depth_record(template, depth)
+    if not weights.is_file():  # scores are those of weights
+        record.pop("eval_metrics", None)
     trained = [f"`{path.parts[-3]}`" for path in bundles.glob(f"{template.name}_resnet*/models/model.pt")]
     words = {
         "SCORES_TABLE": _scores_table(record.get("eval_metrics", {})),
