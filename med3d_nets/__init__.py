@@ -16,8 +16,8 @@ from med3d_nets.resnet import Med3DResNet
 from med3d_nets.results import SegmentationWriter
 from med3d_nets.scores import CaseScores
 from med3d_nets.segmentation import SegmentationNet
-from med3d_nets.training import BestModel, Checkpoints, RandomState, latest_checkpoint
 from med3d_nets.switches import is_on
+from med3d_nets.training import BestModel, Checkpoints, RandomState, latest_checkpoint
 from med3d_nets.transforms import CheckLabeld, RandMirrord
 from med3d_nets.weights import initialise, load_backbone, load_network
 
