@@ -2,7 +2,6 @@
 # make test             the test suite
 # make test-slow        the tests marked slow
 # make check            lint, types, and the bundles against their source
-# make weights DATA=…   train the shipped lung weights anew (see docs/training.md)
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,4 +1,4 @@
-"""Segmentation heads: five feature maps in, logits at the head's own scale out.
+"""Segmentation heads: five feature maps in, logits at the head's own scale, ``head.stride``, out.
 
 ``medicalnet`` is the head of the released fine-tuning code, ``linear`` the branch of the co-training (paper,
 section 3.2: 1³ convolution, then up-sampling), ``fpn`` a light feature pyramid (Lin 2017; Kirillov 2019, Panoptic
@@ -14,17 +14,40 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def upsample(x: torch.Tensor, factor: int, like: torch.Tensor) -> torch.Tensor:
+    """Up-sample a map by the ratio of two strides and cut off what lies beyond the finer map.
+
+    A map of stride s has ceil(X / s) voxels, so its last voxel may reach past the image. Stretching it to the finer
+    map's size instead would move whatever it shows, by up to s - 1 voxels.
+
+    Args:
+        x: coarse map, (B, C, x, y, z).
+        factor: its stride divided by that of ``like``.
+        like: map or image whose spatial size the result has, at most ``factor`` times that of ``x``.
+
+    Returns:
+        Trilinear interpolation of ``x``, (B, C, …) of the spatial size of ``like``.
+    """
+    if factor > 1:
+        x = F.interpolate(x, scale_factor=float(factor), mode="trilinear", align_corners=False)
+    return x[:, :, : like.shape[2], : like.shape[3], : like.shape[4]]
+
+
 class MedicalNetHead(nn.Module):
     """``conv_seg`` of MedicalNet on layer4: twice its scale, that is 1/4 of the input's at output stride 8.
 
     Args:
         channels: channels of the five feature maps.
+        strides: strides of the five feature maps.
         out_channels: number of classes.
         dropout: probability with which a channel is dropped before the last convolution.
     """
 
-    def __init__(self, channels: Sequence[int], out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], out_channels: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.stride = strides[-1] // 2
         # Indices as in the original, so that its fine-tuned checkpoints (conv_seg.0.weight, …) fit.
         self.conv_seg = nn.Sequential(
             nn.ConvTranspose3d(channels[-1], 32, kernel_size=2, stride=2),
@@ -52,12 +75,16 @@ class LinearHead(nn.Module):
 
     Args:
         channels: channels of the five feature maps.
+        strides: strides of the five feature maps.
         out_channels: number of classes.
         dropout: probability with which a channel is dropped before the convolution.
     """
 
-    def __init__(self, channels: Sequence[int], out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], out_channels: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
+        self.stride = strides[-1]
         self.dropout = nn.Dropout3d(dropout)
         self.conv = nn.Conv3d(channels[-1], out_channels, kernel_size=1)
 
@@ -71,13 +98,23 @@ class FPNHead(nn.Module):
 
     Args:
         channels: channels of the five feature maps.
+        strides: strides of the five feature maps.
         out_channels: number of classes.
         dropout: probability with which a channel is dropped before the last convolution.
         width: channels of the pyramid at strides 8 and 4; half of it at stride 2.
     """
 
-    def __init__(self, channels: Sequence[int], out_channels: int, dropout: float = 0.0, width: int = 64) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        out_channels: int,
+        dropout: float = 0.0,
+        width: int = 64,
+    ) -> None:
         super().__init__()
+        self.stride = strides[0]
+        self.factors = (strides[4] // strides[2], strides[2] // strides[1], strides[1] // strides[0])
         stem, layer1, layer2, _, layer4 = channels
         self.top = nn.Conv3d(layer4, width, kernel_size=1)
         self.lateral2 = nn.Conv3d(layer2, width, kernel_size=1)
@@ -90,9 +127,10 @@ class FPNHead(nn.Module):
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Map five maps to logits, (B, out_channels, …) of the stem's spatial size."""
-        x = _upsample(self.top(features[4]), features[2]) + self.lateral2(features[2])
-        x = self.smooth1(_upsample(x, features[1]) + self.lateral1(features[1]))
-        x = self.smooth0(_upsample(x, features[0]) + self.lateral0(features[0]))
+        top, middle, bottom = self.factors
+        x = upsample(self.top(features[4]), top, features[2]) + self.lateral2(features[2])
+        x = self.smooth1(upsample(x, middle, features[1]) + self.lateral1(features[1]))
+        x = self.smooth0(upsample(x, bottom, features[0]) + self.lateral0(features[0]))
         return self.classify(self.dropout(x))
 
 
@@ -102,9 +140,3 @@ HEADS: dict[str, type[nn.Module]] = {"medicalnet": MedicalNetHead, "linear": Lin
 def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm3d(out_channels), nn.ReLU(inplace=True))
-
-
-def _upsample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if x.shape[2:] == like.shape[2:]:
-        return x
-    return F.interpolate(x, size=like.shape[2:], mode="trilinear", align_corners=False)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from med3d_nets.heads import HEADS
+from med3d_nets.heads import HEADS, upsample
 from med3d_nets.resnet import Med3DResNet
 
 
@@ -52,7 +51,7 @@ class SegmentationNet(nn.Module):
         if out_channels < 1:
             raise ValueError(f"out_channels={out_channels}: at least 1 is needed.")
         self.backbone = Med3DResNet(depth, shortcut_type, in_channels, output_stride)
-        self.head = HEADS[head](self.backbone.feature_channels, out_channels, dropout)
+        self.head = HEADS[head](self.backbone.feature_channels, self.backbone.feature_strides, out_channels, dropout)
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             self.backbone.requires_grad_(False)
@@ -60,8 +59,7 @@ class SegmentationNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, in_channels, X, Y, Z), at least 16 voxels per axis, to logits, (B, out_channels, X, Y, Z)."""
-        logits = self.head(self.backbone(x))
-        return F.interpolate(logits, size=x.shape[2:], mode="trilinear", align_corners=False)
+        return upsample(self.head(self.backbone(x)), self.head.stride, x)
 
     def train(self, mode: bool = True) -> SegmentationNet:
         """Set training mode; a frozen backbone stays in evaluation mode, norm statistics included."""

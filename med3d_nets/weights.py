@@ -32,7 +32,8 @@ def load_backbone(backbone: Med3DResNet, path: str | Path) -> Med3DResNet:
         The same backbone.
 
     Raises:
-        InputError: the file is absent or no checkpoint, or its depth, shortcut type, keys or shapes differ.
+        InputError: the file is absent or no checkpoint, or its depth, shortcut type, keys, shapes or
+            kinds of number differ, or it holds NaN or infinity.
     """
     state = read_state_dict(path)
     if any(key.startswith("backbone.") for key in state):
@@ -58,7 +59,8 @@ def load_network(network: _Net, path: str | Path) -> _Net:
         The same network.
 
     Raises:
-        InputError: the file is absent or no checkpoint, or its depth, shortcut type, keys or shapes differ.
+        InputError: the file is absent or no checkpoint, or its depth, shortcut type, keys, shapes or
+            kinds of number differ, or it holds NaN or infinity.
     """
     state = read_state_dict(path)
     backbone = getattr(network, "backbone", None)
@@ -105,7 +107,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         The state dict, with ``state_dict`` unwrapped and a leading ``module.`` removed from its keys.
 
     Raises:
-        InputError: the file is absent, unreadable, or holds something else than tensors by name.
+        InputError: the file is absent, unreadable, holds something else than tensors by name, or a name twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,9 +124,15 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             "tensors (it must load with weights_only=True). Download or copy it again."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(_is_named_tensor(*item) for item in state.items()):
         raise InputError(f"{path}: a state dict (tensors by name) is needed, found {type(content).__name__}.")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    stripped = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(stripped) < len(state):
+        twice = [key for key in stripped if key in state and f"module.{key}" in state]
+        raise InputError(
+            f"{path}: {_listed('there twice, with and without module.', twice)}. Save the state dict of one network."
+        )
+    return stripped
 
 
 def detect_architecture(state: dict[str, torch.Tensor]) -> tuple[int, str] | None:
@@ -168,8 +176,19 @@ def _load_exactly(module: _Net, state: dict[str, torch.Tensor], path: str | Path
             f"{path}: the weights do not fit the network: {_listed('missing', missing)}; "
             f"{_listed('unexpected', unexpected)}; {_listed('of another shape', shapes)}. Nothing was loaded."
         )
+    kinds = [key for key in own if state[key].is_floating_point() != own[key].is_floating_point()]
+    broken = [key for key in own if state[key].is_floating_point() and not state[key].isfinite().all()]
+    if kinds or broken:
+        raise InputError(
+            f"{path}: {_listed('of another kind of number', kinds)}; {_listed('with NaN or infinity', broken)}. "
+            "Nothing was loaded; take the weights of a training that did not diverge."
+        )
     module.load_state_dict(state)
     return module
+
+
+def _is_named_tensor(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, torch.Tensor)
 
 
 def _listed(what: str, keys: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the networks promise: names, shapes, gradients, errors, FlexibleUNet, and the loading of weights.
+"""What the networks promise: names, shapes, gradients, errors, FlexibleUNet.
 
 That the encoder computes the right numbers is in ``tests/test_exactness.py``.
 """
@@ -6,11 +6,8 @@ That the encoder computes the right numbers is in ``tests/test_exactness.py``.
 from __future__ import annotations
 
 import importlib
-import os
 import re
-from collections.abc import Callable
 from math import ceil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +15,9 @@ from monai.networks.nets import FlexibleUNet
 from monai.networks.nets.flexible_unet import FLEXUNET_BACKBONE
 from torch import nn
 
-from med3d_nets import DEPTHS, WEIGHTS, InputError, Med3DEncoder, Med3DResNet, SegmentationNet, flexunet
-from med3d_nets.heads import HEADS
+from med3d_nets import DEPTHS, WEIGHTS, Med3DEncoder, Med3DResNet, SegmentationNet, flexunet
+from med3d_nets.heads import HEADS, upsample
 from med3d_nets.resnet import ShortcutA
-from med3d_nets.weights import detect_architecture, file_sha256, load_backbone, load_network
 from tests import reference
 
 # The design's table: depth, released shortcut, encoder parameters, state-dict tensors.
@@ -186,6 +182,17 @@ class TestSegmentationNet:
         assert all((p.grad is None) == frozen for p in net.backbone.parameters())
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+@pytest.mark.parametrize("size", [16, 17, 19, 23, 29])
+def test_upsampling_moves_nothing(factor: int, size: int) -> None:
+    """A map whose blocks hold their centre's position gives back each voxel's position, for any size."""
+    blocks = ceil(size / factor)
+    positions = factor * torch.arange(blocks, dtype=torch.float32) + (factor - 1) / 2
+    found = upsample(positions.expand(1, 1, blocks, blocks, blocks), factor, torch.empty(1, 1, size, size, size))
+    wanted = torch.arange(size, dtype=torch.float32).clamp(positions[0], positions[-1])
+    torch.testing.assert_close(found, wanted.expand(1, 1, size, size, size))
+
+
 def test_medicalnet_head_is_the_original() -> None:
     """Names and shapes of ``conv_seg`` in MedicalNet's fine-tuning code, for a ResNet-50 and 3 classes."""
     with torch.device("meta"):
@@ -248,156 +255,3 @@ class TestFlexibleUNet:
     def test_refuses(self, arguments: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             FlexibleUNet(**{"in_channels": 1, "out_channels": 2, "backbone": NAMES[0], "spatial_dims": 3, **arguments})
-
-
-def _tiny(shapes: dict[str, tuple[int, ...]]) -> State:
-    """A state dict of any size in a small file: the n-th tensor is full of n, one stored element expanded."""
-    return {
-        key: torch.tensor(n if key.endswith("tracked") else float(n)).expand(shape)
-        for n, (key, shape) in enumerate(shapes.items())
-    }
-
-
-def _released(depth: int, shortcut: str | None = None) -> State:
-    shapes = reference.encoder_shapes(depth, shortcut or TABLE[depth][0])
-    return {f"module.{key}": value for key, value in _tiny(shapes).items()}
-
-
-def _write(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-class TestLoading:
-    @pytest.mark.parametrize("depth", TABLE)
-    def test_released_form(self, depth: int, tmp_path: Path) -> None:
-        with torch.device("meta"):
-            net = Med3DResNet(depth)
-        net.to_empty(device="cpu")
-        assert load_backbone(net, _write(tmp_path / "w.pth", {"state_dict": _released(depth)})) is net
-        for n, (key, value) in enumerate(net.state_dict().items()):
-            assert (value == n).all(), key
-
-    @pytest.mark.parametrize(
-        "prefix, dtype",
-        [
-            ("", torch.float16),
-            ("module.", torch.bfloat16),
-            ("backbone.", torch.float64),
-            ("module.backbone.", torch.float32),
-        ],
-    )
-    def test_other_forms(self, prefix: str, dtype: torch.dtype, tmp_path: Path) -> None:
-        state = _tiny(reference.encoder_shapes(10, "B"))
-        state = {prefix + key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-        if "backbone" in prefix:
-            state[prefix.replace("backbone", "head") + "conv.weight"] = torch.zeros(3)
-        net = load_backbone(Med3DResNet(10), _write(tmp_path / "w.pt", state))
-        assert net.conv1.weight.dtype == torch.float32
-        assert all((value == n).all() for n, value in enumerate(net.state_dict().values()))
-
-    @pytest.mark.parametrize("shortcut", ["A", "B"])
-    @pytest.mark.parametrize("depth", TABLE)
-    def test_architecture_is_read_off(self, depth: int, shortcut: str) -> None:
-        assert detect_architecture(_tiny(reference.encoder_shapes(depth, shortcut))) == (depth, shortcut)
-        assert detect_architecture({"weight": torch.zeros(1)}) is None
-
-    def test_flexible_unet(self, tmp_path: Path) -> None:
-        net = FlexibleUNet(1, 2, NAMES[0], spatial_dims=3)
-        load_backbone(net.encoder, _write(tmp_path / "w.pth", {"state_dict": _released(10)}))
-        assert (net.encoder.layer4[0].bn2.num_batches_tracked == 65).all()
-
-    def test_whole_network(self, tmp_path: Path) -> None:
-        saved, net = SegmentationNet(10, 3, "fpn"), SegmentationNet(10, 3, "fpn")
-        path = _write(tmp_path / "model.pt", saved.state_dict())
-        assert load_network(net, path) is net
-        assert all(torch.equal(value, saved.state_dict()[key]) for key, value in net.state_dict().items())
-        with pytest.raises(InputError, match=r"ResNet-10 with shortcut B.*ResNet-18 with shortcut A"):
-            load_network(SegmentationNet(18, 3, "fpn"), path)
-        with pytest.raises(InputError, match=r"14 missing \(head\.conv_seg\.0.*unexpected \(head\.top\.weight"):
-            load_network(SegmentationNet(10, 3), path)
-
-    def test_sha256(self, tmp_path: Path) -> None:
-        (tmp_path / "abc").write_bytes(b"abc")
-        digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-        assert file_sha256(tmp_path / "abc") == digest
-
-
-class _Harmful:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def _without(key: str) -> State:
-    return {k: v for k, v in _released(10).items() if k != key}
-
-
-# What is wrong: (state dict, what the message must name).
-UNFIT: dict[str, tuple[Callable[[], State], list[str]]] = {
-    "another depth": (lambda: _released(18), ["ResNet-18 with shortcut A", "ResNet-10 with shortcut B"]),
-    "another shortcut": (
-        lambda: _released(10, "A"),
-        ["ResNet-10 with shortcut A", "ResNet-10 with shortcut B"],
-    ),
-    "a key missing": (lambda: _without("module.layer3.0.bn2.bias"), ["1 missing (layer3.0.bn2.bias)"]),
-    "a key too many": (
-        lambda: {**_released(10), "module.fc.weight": torch.ones(2)},
-        ["1 unexpected (fc.weight)"],
-    ),
-    "another shape": (
-        lambda: {**_released(10), "module.conv1.weight": torch.ones(64, 3, 7, 7, 7)},
-        ["conv1.weight (64, 3, 7, 7, 7) instead of (64, 1, 7, 7, 7)"],
-    ),
-    "no key in common": (
-        lambda: {"a": torch.ones(1), "b": torch.ones(1)},
-        ["72 missing", "2 unexpected (a, b)"],
-    ),
-}
-
-
-class TestRefusal:
-    """Every refusal names the file and leaves the network as it was."""
-
-    @pytest.fixture
-    def net(self) -> Med3DResNet:
-        return Med3DResNet(10)
-
-    def _refused(self, net: Med3DResNet, path: Path) -> str:
-        before = {key: value.clone() for key, value in net.state_dict().items()}
-        with pytest.raises(InputError, match=re.escape(str(path))) as error:
-            load_backbone(net, path)
-        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-        return str(error.value)
-
-    @pytest.mark.parametrize("case", UNFIT)
-    def test_unfit(self, case: str, net: Med3DResNet, tmp_path: Path) -> None:
-        make, names = UNFIT[case]
-        message = self._refused(net, _write(tmp_path / "w.pth", {"state_dict": make()}))
-        assert all(name in message for name in names), message
-
-    @pytest.mark.parametrize("content", [b"", b"weights\n", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04junk"])
-    def test_no_checkpoint(self, content: bytes, net: Med3DResNet, tmp_path: Path) -> None:
-        (tmp_path / "w.pth").write_bytes(content)
-        assert "not a checkpoint" in self._refused(net, tmp_path / "w.pth")
-
-    def test_truncated(self, net: Med3DResNet, tmp_path: Path) -> None:
-        path = _write(tmp_path / "w.pth", {"state_dict": _released(10)})
-        path.write_bytes(path.read_bytes()[:-100])
-        assert "not a checkpoint" in self._refused(net, path)
-
-    @pytest.mark.parametrize("content", [[torch.ones(1)], {}, {"epoch": 3}, {"state_dict": [1]}, torch.ones(2)])
-    def test_no_state_dict(self, content: object, net: Med3DResNet, tmp_path: Path) -> None:
-        assert "a state dict (tensors by name) is needed" in self._refused(net, _write(tmp_path / "w.pth", content))
-
-    def test_absent(self, net: Med3DResNet, tmp_path: Path) -> None:
-        assert "no such weights file" in self._refused(net, tmp_path / "none.pth")
-
-    def test_pickled_object_is_not_run(self, net: Med3DResNet, tmp_path: Path) -> None:
-        content = {"state_dict": {**_released(10), "extra": _Harmful(tmp_path / "made")}}
-        assert "weights_only=True" in self._refused(net, _write(tmp_path / "w.pth", content))
-        assert not (tmp_path / "made").exists()
