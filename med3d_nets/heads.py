@@ -134,7 +134,11 @@ class FPNHead(nn.Module):
         return self.classify(self.dropout(x))
 
 
-HEADS: dict[str, type[nn.Module]] = {"medicalnet": MedicalNetHead, "linear": LinearHead, "fpn": FPNHead}
+HEADS: dict[str, type[MedicalNetHead | LinearHead | FPNHead]] = {
+    "medicalnet": MedicalNetHead,
+    "linear": LinearHead,
+    "fpn": FPNHead,
+}
 
 
 def _conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:

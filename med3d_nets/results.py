@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +24,7 @@ from scipy.ndimage import find_objects
 import med3d_nets
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
+from med3d_nets.files import replacing
 from med3d_nets.preview import render_preview
 from med3d_nets.weights import file_sha256
 
@@ -158,23 +159,14 @@ class SegmentationWriter:
         )
 
     def _write(self, case: str, contents: Mapping[str, nib.Nifti1Image | bytes]) -> None:
-        """Write all files under a hidden name, then rename them."""
-        try:
-            with tempfile.TemporaryDirectory(prefix=f".{case}_", dir=self.output_dir) as hidden:
-                for ending, content in contents.items():
-                    path = Path(hidden, f"result{ending}")
-                    if isinstance(content, bytes):
-                        path.write_bytes(content)
-                    else:
-                        nib.save(content, path)
-                for ending in contents:
-                    os.replace(Path(hidden, f"result{ending}"), self._path(case, ending))
-        except OSError as error:
-            size = np.prod(contents[".nii.gz"].shape) / 1e6  # type: ignore[union-attr]
-            raise InputError(
-                f"{self.output_dir}: the results of {case} cannot be written ({error.strerror or error}); "
-                f"up to {size + 2:.0f} MB are needed. Free space or give another output_dir."
-            ) from error
+        """All files, or none if one cannot be written."""
+        with contextlib.ExitStack() as files:
+            for ending, content in contents.items():
+                hidden = files.enter_context(replacing(self._path(case, ending)))
+                if isinstance(content, bytes):
+                    hidden.write_bytes(content)
+                else:
+                    nib.save(content, hidden)
 
 
 def measure(

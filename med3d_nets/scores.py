@@ -26,6 +26,7 @@ from monai.transforms import generate_spatial_bounding_box
 
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
+from med3d_nets.files import replacing
 
 Scores = dict[str, float]
 
@@ -103,19 +104,12 @@ class CaseScores:
             print(f"{name}: " + ", ".join(_line(metric, values) for metric, values in one.items()))
 
     def _write(self, name: str, content: str | None) -> None:
-        path, hidden = self.output_dir / name, self.output_dir / f".{name}.partial"
-        try:
-            if content is not None:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / name
+        if content is not None:
+            with replacing(path) as hidden:
                 hidden.write_text(content)
-                os.replace(hidden, path)
-            elif path.exists():
-                os.replace(path, f"{path}.old")
-        except OSError as error:
-            hidden.unlink(missing_ok=True)
-            raise InputError(
-                f"{path}: cannot be written ({error.strerror}). Free space or give another output_dir."
-            ) from error
+        elif path.exists():
+            os.replace(path, f"{path}.old")
 
 
 def score(pred: torch.Tensor, label: torch.Tensor, affine: np.ndarray, tolerance_mm: float) -> Scores:

@@ -1,13 +1,11 @@
 """What an exactly resumable training needs beyond MONAI's handlers.
 
-MONAI's CheckpointSaver writes in place, so a run that is killed while it saves leaves a broken newest checkpoint; the
-writers here write to a temporary name and rename.
+MONAI's CheckpointSaver writes in place, so a run that is killed while it saves leaves a broken newest checkpoint; what
+is written here takes its name when it is whole.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from monai.data.utils import set_rnd
 from torch import nn
 
 from med3d_nets.errors import InputError
+from med3d_nets.files import replacing
 
 
 class RandomState:
@@ -211,12 +210,5 @@ def _bare(network: nn.Module) -> nn.Module:
 
 
 def _save(content: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: cannot be written ({error}). Free space or give another output_dir.") from error
+    with replacing(path) as hidden:
+        torch.save(content, hidden)

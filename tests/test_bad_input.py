@@ -164,7 +164,7 @@ def test_no_space_to_write(full_at: str, tmp_path: Path, monkeypatch: pytest.Mon
     }
     monkeypatch.setattr(*where[full_at], full)
     message = refusal(path, tmp_path / "out", **BY_HU)
-    assert_clear(message, "out: the results of x cannot be written (No space left on device)", "Free space")
+    assert_clear(message, "out/x_seg.", "cannot be written (No space left on device)", "Free space")
     assert names(tmp_path / "out") == set()
 
 

@@ -445,7 +445,7 @@ class TestCheck:
             (lambda state: {**state, "head.extra": torch.zeros(1)}, "1 unexpected"),
             (
                 lambda state: {**state, "backbone.bn1.bias": torch.full((64,), torch.nan)},
-                "1 tensors hold NaN",
+                "1 with NaN or infinity",
             ),
             (lambda state: {**state, "net": Path}, "weights_only=True"),
         ],

@@ -236,7 +236,7 @@ def test_no_space_leaves_nothing_behind(tmp_path: Path, weights: Path, monkeypat
 
     make_ct(tmp_path / "ct.nii.gz", GRIDS["canonical"])
     monkeypatch.setattr(results.nib, "save", full)
-    with pytest.raises(InputError, match=r"out: the results of ct cannot be written \(No space .* MB are needed"):
+    with pytest.raises(InputError, match=r"out/ct_seg\.nii\.gz: cannot be written \(No space .* another folder"):
         make_evaluator([tmp_path / "ct.nii.gz"], tmp_path / "out", weights).run()
     assert list((tmp_path / "out").iterdir()) == []
 

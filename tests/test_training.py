@@ -200,7 +200,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
 
     monkeypatch.setattr(training.torch, "save", full)
-    with pytest.raises(InputError, match=r"model\.pt: cannot be written .*No space left.* another output_dir"):
+    with pytest.raises(InputError, match=r"model\.pt: cannot be written .*No space left.* another folder"):
         training._save({}, folder / "model.pt")
     assert not list(folder.iterdir())
 

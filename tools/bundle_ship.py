@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from med3d_nets.errors import InputError
+from med3d_nets.files import replacing
 from med3d_nets.weights import load_network, read_state_dict
 from tools.bundle_folder import Bundle
 
@@ -43,19 +43,14 @@ def ship(checkpoint: Path, folder: Path, max_mb: float = MAX_MB) -> Path:
             "look at the training's loss and ship an earlier checkpoint."
         )
     target = folder / "models" / "model.pt"
-    target.parent.mkdir(exist_ok=True)
-    half_written = target.with_name(".model.pt.tmp")
-    try:
-        torch.save(state, half_written)
-        size = half_written.stat().st_size / 1e6
+    with replacing(target) as hidden:
+        torch.save(state, hidden)
+        size = hidden.stat().st_size / 1e6
         if size > max_mb:
             raise InputError(
                 f"{checkpoint}: {size:.1f} MB in half precision, at most {max_mb:g} MB belong in the repository. "
                 "Publish the file elsewhere and list it in large_files.yml."
             )
-        os.replace(half_written, target)
-    finally:
-        half_written.unlink(missing_ok=True)
     return target
 
 

@@ -14,7 +14,6 @@ eval_metrics and ``TRAINED_BUNDLES`` the names of the task's bundles that ship w
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -25,6 +24,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from med3d_nets.errors import InputError
+from med3d_nets.files import replacing
 from med3d_nets.registry import DEPTHS, WEIGHTS
 from med3d_nets.weights import file_sha256
 
@@ -129,10 +129,8 @@ def write(files: Mapping[str, bytes], bundle: Path) -> list[str]:
     for name, content in files.items():
         path = bundle / name
         if not path.is_file() or path.read_bytes() != content:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            half_written = path.with_name(f".{path.name}.tmp")
-            half_written.write_bytes(content)
-            os.replace(half_written, path)
+            with replacing(path) as hidden:
+                hidden.write_bytes(content)
     return changes
 
 

@@ -27,6 +27,7 @@ from monai.transforms import LoadImage
 from scipy import ndimage
 
 from med3d_nets.errors import InputError
+from med3d_nets.files import replacing
 from tools.lung_labels import (
     BONE_ABOVE_HU,
     LEFT,
@@ -99,7 +100,8 @@ def make(source: str, out: str, phantoms: int = 48, spacing: float = 2.0) -> Non
         "numTest": len(entries["test"]),
         **entries,
     }
-    _write_text(folder / "dataset.json", json.dumps(index, indent=1) + "\n")
+    with replacing(folder / "dataset.json") as hidden:
+        hidden.write_text(json.dumps(index, indent=1) + "\n")
     print(f"{folder}/dataset.json: {len(entries['training'])} for training, {len(entries['test'])} held out")
 
 
@@ -275,16 +277,8 @@ def _add(
 
 
 def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial_{path.name}")
-    nib.save(nib.Nifti1Image(data, affine), partial)
-    partial.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"partial_{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
+    with replacing(path) as hidden:
+        nib.save(nib.Nifti1Image(data, affine), hidden)
 
 
 def _draw(image: np.ndarray, label: np.ndarray, spacing: Spacing, name: str, folder: Path) -> None:

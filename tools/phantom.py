@@ -12,7 +12,6 @@ pleural fluid do not.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from med3d_nets.errors import InputError
+from med3d_nets.files import replacing
 from tools import phantom_anatomy as anatomy
 from tools import phantom_lungs, phantom_scanner, phantom_tissue
 from tools.phantom_shapes import Array, Space, cover, paint
@@ -238,14 +238,12 @@ def _thicken(image: Array, label: NDArray[np.uint8], fine: int) -> tuple[Array, 
 
 
 def _save(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = nib.Nifti1Image(array, affine)
     picture.set_sform(affine, code=1)
     picture.set_qform(affine, code=1)
     picture.header.set_xyzt_units("mm")
-    half_written = path.with_name(f".{os.getpid()}_{path.name}")
-    nib.save(picture, half_written)
-    os.replace(half_written, path)
+    with replacing(path) as hidden:
+        nib.save(picture, hidden)
 
 
 def _write_index(folder: Path, training: list[dict[str, str]]) -> None:
@@ -260,9 +258,8 @@ def _write_index(folder: Path, training: list[dict[str, str]]) -> None:
         "training": training,
         "test": [],
     }
-    half_written = folder / ".dataset.json"
-    half_written.write_text(json.dumps(index, indent=1) + "\n")
-    os.replace(half_written, folder / "dataset.json")
+    with replacing(folder / "dataset.json") as hidden:
+        hidden.write_text(json.dumps(index, indent=1) + "\n")
 
 
 if __name__ == "__main__":
