@@ -2,7 +2,7 @@
 
 ``FlexibleUNet(in_channels=1, out_channels=2, backbone="med3d_resnet50", spatial_dims=3)`` works once ``med3d_nets``
 is imported. Its decoder doubles the scale at every step, so the encoder runs at output stride 32; the weights are the
-same.
+same. The output has the input's size where every axis is a multiple of 32 voxels.
 """
 
 from __future__ import annotations
