@@ -94,7 +94,10 @@ class LinearHead(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """Light feature pyramid over layer4, layer2, layer1 and the stem: logits at 1/2 of the input's scale.
+    """Light feature pyramid over layer4, layer2, layer1 and the stem: logits at the input's scale.
+
+    The last layer is a sub-pixel convolution (Shi 2016, CVPR, as a transposed convolution whose kernel is its
+    stride): the stem's features at stride 2 know where in their 2³ voxels a border runs.
 
     Args:
         channels: channels of the five feature maps.
@@ -113,7 +116,7 @@ class FPNHead(nn.Module):
         width: int = 64,
     ) -> None:
         super().__init__()
-        self.stride = strides[0]
+        self.stride = strides[0] // 2
         self.factors = (strides[4] // strides[2], strides[2] // strides[1], strides[1] // strides[0])
         stem, layer1, layer2, _, layer4 = channels
         self.top = nn.Conv3d(layer4, width, kernel_size=1)
@@ -123,10 +126,10 @@ class FPNHead(nn.Module):
         self.lateral0 = nn.Conv3d(stem, width // 2, kernel_size=1)
         self.smooth0 = _conv_norm_relu(width // 2, width // 2)
         self.dropout = nn.Dropout3d(dropout)
-        self.classify = nn.Conv3d(width // 2, out_channels, kernel_size=1)
+        self.classify = nn.ConvTranspose3d(width // 2, out_channels, kernel_size=2, stride=2)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Map five maps to logits, (B, out_channels, …) of the stem's spatial size."""
+        """Map five maps to logits, (B, out_channels, …) of twice the stem's spatial size."""
         top, middle, bottom = self.factors
         x = upsample(self.top(features[4]), top, features[2]) + self.lateral2(features[2])
         x = self.smooth1(upsample(x, middle, features[1]) + self.lateral1(features[1]))

@@ -13,7 +13,7 @@ class SegmentationNet(nn.Module):
     """Segmentation network: ``.backbone`` (Med3DResNet) and ``.head``.
 
     ``net(x)`` gives logits at the input's spatial size; ``net.head(net.backbone(x))`` gives them at the head's own
-    scale (``medicalnet`` 1/4, ``linear`` 1/8, ``fpn`` 1/2 at output stride 8).
+    scale (``medicalnet`` 1/4, ``linear`` 1/8, ``fpn`` 1, at output stride 8).
 
     Args:
         depth: 10, 18, 34, 50, 101, 152 or 200.

@@ -150,7 +150,7 @@ class TestSegmentationNet:
             for size in [(16, 16, 16), (17, 33, 16), (33, 17, 50)]:
                 x = torch.randn(1, 2, *size)
                 top = [ceil(n / output_stride) for n in size]
-                own = {"medicalnet": [2 * n for n in top], "linear": top, "fpn": [ceil(n / 2) for n in size]}
+                own = {"medicalnet": [2 * n for n in top], "linear": top, "fpn": [2 * ceil(n / 2) for n in size]}
                 assert net.head(net.backbone(x)).shape == (1, 3, *own[head])
                 assert net(x).shape == (1, 3, *size)
 
