@@ -30,7 +30,9 @@ def upsample(x: torch.Tensor, factor: int, like: torch.Tensor) -> torch.Tensor:
     """
     if factor > 1:
         x = F.interpolate(x, scale_factor=float(factor), mode="trilinear", align_corners=False)
-    return x[:, :, : like.shape[2], : like.shape[3], : like.shape[4]]
+    # By negative padding, because torch.export ties a slice to the sizes of its example.
+    beyond = [like.shape[axis] - x.shape[axis] for axis in (4, 3, 2)]
+    return F.pad(x, [0, beyond[0], 0, beyond[1], 0, beyond[2]])
 
 
 class MedicalNetHead(nn.Module):
