@@ -6,7 +6,6 @@ depth and the shortcut type are read off the tensors and compared with the netwo
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from med3d_nets.errors import InputError
-from med3d_nets.registry import DEPTHS
 from med3d_nets.resnet import Med3DResNet
+from med3d_nets.weights.states import detect_architecture, listed, read_state_dict
 
 _Net = TypeVar("_Net", bound=nn.Module)
 
@@ -97,71 +96,6 @@ def initialise(network: _Net, backbone_weights: str = "", initial_weights: str =
     return network
 
 
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint safely (``weights_only=True``) and strip its wrapping.
-
-    Args:
-        path: file written by ``torch.save``.
-
-    Returns:
-        The state dict, with ``state_dict`` unwrapped and a leading ``module.`` removed from its keys.
-
-    Raises:
-        InputError: the file is absent, unreadable, holds something else than tensors by name, or a name twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such weights file. A bundle without trained weights must be trained first; backbone "
-            "weights are listed in its large_files.yml (python -m monai.bundle download_large_files)."
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every kind of damage
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise InputError(
-            f"{path}: not a checkpoint that can be read ({reason}). The file is truncated, damaged or holds more than "
-            "tensors (it must load with weights_only=True). Download or copy it again."
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(_is_named_tensor(*item) for item in state.items()):
-        raise InputError(f"{path}: a state dict (tensors by name) is needed, found {type(content).__name__}.")
-    stripped = {key.removeprefix("module."): value for key, value in state.items()}
-    if len(stripped) < len(state):
-        twice = [key for key in stripped if key in state and f"module.{key}" in state]
-        raise InputError(
-            f"{path}: {_listed('there twice, with and without module.', twice)}. Save the state dict of one network."
-        )
-    return stripped
-
-
-def detect_architecture(state: dict[str, torch.Tensor]) -> tuple[int, str] | None:
-    """Read depth and shortcut type off an encoder's state dict.
-
-    Args:
-        state: tensors by name, ``layer1.0.conv1.weight`` and so on.
-
-    Returns:
-        Depth and ``"A"`` or ``"B"``, or None when the blocks are those of no known depth.
-    """
-    blocks = [len({key.split(".")[1] for key in state if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4)]
-    block = "bottleneck" if "layer1.0.conv3.weight" in state else "basic"
-    shortcut = "B" if "layer2.0.downsample.0.weight" in state else "A"
-    for record in DEPTHS.values():
-        if record.block == block and list(record.layers) == blocks:
-            return record.depth, shortcut
-    return None
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _load_exactly(module: _Net, state: dict[str, torch.Tensor], path: str | Path) -> _Net:
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -173,24 +107,15 @@ def _load_exactly(module: _Net, state: dict[str, torch.Tensor], path: str | Path
     ]
     if missing or unexpected or shapes:
         raise InputError(
-            f"{path}: the weights do not fit the network: {_listed('missing', missing)}; "
-            f"{_listed('unexpected', unexpected)}; {_listed('of another shape', shapes)}. Nothing was loaded."
+            f"{path}: the weights do not fit the network: {listed('missing', missing)}; "
+            f"{listed('unexpected', unexpected)}; {listed('of another shape', shapes)}. Nothing was loaded."
         )
     kinds = [key for key in own if state[key].is_floating_point() != own[key].is_floating_point()]
     broken = [key for key in own if state[key].is_floating_point() and not state[key].isfinite().all()]
     if kinds or broken:
         raise InputError(
-            f"{path}: {_listed('of another kind of number', kinds)}; {_listed('with NaN or infinity', broken)}. "
+            f"{path}: {listed('of another kind of number', kinds)}; {listed('with NaN or infinity', broken)}. "
             "Nothing was loaded; take the weights of a training that did not diverge."
         )
     module.load_state_dict(state)
     return module
-
-
-def _is_named_tensor(key: object, value: object) -> bool:
-    return isinstance(key, str) and isinstance(value, torch.Tensor)
-
-
-def _listed(what: str, keys: list[str]) -> str:
-    more = ", …" if len(keys) > 3 else ""
-    return f"{len(keys)} {what}" + (f" ({', '.join(keys[:3])}{more})" if keys else "")
