@@ -1,13 +1,14 @@
 """Everything known about a depth or a weight file, as plain data.
 
-One record per depth and one per released file; the networks, the bundles, the tables in the documentation and the
-tests read them here and nowhere else. Sources: Chen, Ma, Zheng, "Med3D: Transfer Learning for 3D Medical Image
-Analysis", arXiv 1904.00625, and the MedicalNet release (MIT).
+One record per depth and one per weights file, the authors' and this project's own; the networks, the bundles, the
+tables in the documentation and the tests read them here and nowhere else. Sources: Chen, Ma, Zheng, "Med3D: Transfer
+Learning for 3D Medical Image Analysis", arXiv 1904.00625, and the MedicalNet release (MIT).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,23 @@ THREE_D_SEG_8 = (
 UNKNOWN_23 = ("unknown (the list of the 23 datasets was never published)",)
 
 
+_DECATHLON_LICENCE = "CC BY-SA 4.0 (Medical Segmentation Decathlon; the challenges behind it may set other terms)"
+_UNKNOWN_LICENCE = "unknown"
+
+HUB = "https://huggingface.co"
+MIRRORS = ("https://hf-mirror.com",)
+"""Roots that serve the files of HUB under the same paths; whoever serves a file, its sha256 is checked."""
+
+
 @dataclass(frozen=True)
 class Weight:
-    """One released weight file: an encoder without a head.
+    """One weights file.
+
+    The sha256 pins the content. A revision is given where public records tie one to the file's hash; ``main`` stands
+    where there is none.
 
     Attributes:
-        name: file name without its suffix.
+        name: name of the record; of a released file its name without suffix.
         depth: depth of the network.
         shortcut: shortcut type of the tensors.
         output_stride: output stride that the weights were trained for.
@@ -85,6 +97,10 @@ class Weight:
         licence: SPDX identifier of the weights' licence.
         datasets: what the weights were trained on.
         note: anything else a user must know.
+        kind: ``"encoder"`` (no head) or ``"network"`` (a bundle's ``models/model.pt``).
+        data_licence: licence of the training data.
+        revision: commit of the authors' repository.
+        path: where the file lies in a clone of this repository; empty for released files.
     """
 
     name: str
@@ -96,18 +112,57 @@ class Weight:
     licence: str
     datasets: tuple[str, ...]
     note: str = ""
+    kind: str = "encoder"
+    data_licence: str = _UNKNOWN_LICENCE
+    revision: str = "main"
+    path: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of the file in the store."""
+        return f"{self.name}{PurePosixPath(self.path).suffix or '.pth'}"
+
+    @property
+    def repository(self) -> str:
+        """Repository of the authors' release on HUB; empty for this project's own weights."""
+        return "" if self.path else f"TencentMedicalNet/MedicalNet-Resnet{self.depth}"
 
     @property
     def url(self) -> str:
-        """Address of the file in the authors' release."""
-        root = "https://huggingface.co/TencentMedicalNet"
-        return f"{root}/MedicalNet-Resnet{self.depth}/resolve/main/{self.name}.pth"
+        """Address of the file in the authors' release; empty for this project's own weights."""
+        return f"{HUB}/{self.repository}/resolve/{self.revision}/{self.file}" if self.repository else ""
 
 
-def _released(name: str, size: int | None, sha256: str, note: str = "") -> Weight:
+def encoders(depth: int | None = None) -> list[Weight]:
+    """Released encoders, in the registry's order.
+
+    Args:
+        depth: only those of this depth; None: all.
+    """
+    released = [weight for weight in WEIGHTS.values() if weight.kind == "encoder" and weight.url]
+    return [weight for weight in released if depth in (None, weight.depth)]
+
+
+def _released(name: str, size: int | None, sha256: str, revision: str = "main", note: str = "") -> Weight:
     depth = int(name.split("_")[1])
-    datasets = UNKNOWN_23 if name.endswith("_23dataset") else THREE_D_SEG_8
-    return Weight(name, depth, DEPTHS[depth].shortcut, 8, size, sha256, "MIT", datasets, note)
+    unpublished = name.endswith("_23dataset")
+    return Weight(
+        name,
+        depth,
+        DEPTHS[depth].shortcut,
+        8,
+        size,
+        sha256,
+        "MIT",
+        UNKNOWN_23 if unpublished else THREE_D_SEG_8,
+        note,
+        data_licence=_UNKNOWN_LICENCE if unpublished else _DECATHLON_LICENCE,
+        revision=revision,
+    )
+
+
+# New weights of the bundle: size and sha256 (the metadata's weights_sha256) change in this line and nowhere else.
+_LUNG_10 = (29_039_581, "1df0bb6ad001cf31cab4a70bfeef37c972ac80865aacaff4f94cb7213ca52d9e")
 
 
 WEIGHTS: dict[str, Weight] = {
@@ -115,11 +170,17 @@ WEIGHTS: dict[str, Weight] = {
     for record in (
         _released("resnet_10", 57_456_599, "2824951eaef30e115929b89bec72342380b08d14792bda1449974ac849e497c0"),
         _released(
-            "resnet_10_23dataset", 57_456_599, "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605"
+            "resnet_10_23dataset",
+            57_456_599,
+            "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605",
+            "deeeaa1e2a342b63e28b61e9d993b63e79c4b437",
         ),
         _released("resnet_18", 131_992_196, "38b3a17444c5c18a795355a868e6a2d9ce9318054067f5373d337f55c0f61da3"),
         _released(
-            "resnet_18_23dataset", 131_992_196, "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4"
+            "resnet_18_23dataset",
+            131_992_196,
+            "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4",
+            "758fe285bc8ab565eb4f9f965810f1d1a3f79491",
         ),
         _released("resnet_34", 253_276_232, "977a1be79298602fa35980de9c03789229ad36087fb1f4d9bde468aec653c658"),
         _released(
@@ -137,5 +198,24 @@ WEIGHTS: dict[str, Weight] = {
         _released("resnet_101", 341_330_267, "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf"),
         _released("resnet_152", None, "e96c459f5317ef2cbb898c91575402da2c78b31a31f55c5d28943683fe0626da"),
         _released("resnet_200", 507_146_295, "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8"),
+        Weight(
+            "lung_ct_segmentation_resnet10",
+            10,
+            "B",
+            8,
+            *_LUNG_10,
+            "Apache-2.0",
+            (
+                "chest CT of one patient (Cancer Imaging Archive)",
+                "chest CT of one patient at two dates (elastix test data)",
+                "abdomen CT and crops of the thorax (TotalSegmentator test data)",
+                "crops of CT from head to pelvis (CT-FM example data, from the TotalSegmentator dataset)",
+                "synthetic CT of tools.phantom",
+            ),
+            note="half precision; left and right lung, head fpn",
+            kind="network",
+            data_licence="CC BY 4.0 and Apache-2.0, per scan in the bundle's docs/data_license.txt",
+            path="bundles/lung_ct_segmentation_resnet10/models/model.pt",
+        ),
     )
 }

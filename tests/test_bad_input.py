@@ -192,7 +192,7 @@ def text(path: Path, good: Path) -> None:
 
 BAD_WEIGHTS: dict[str, tuple[Callable[[Path, Path], None], list[str]]] = {
     "absent": (absent, ["no such weights file"]),
-    "of another depth": (resnet18, ["weights of a ResNet-18", "the bundle's network is a ResNet-10"]),
+    "of another depth": (resnet18, ["weights of a ResNet-18", "the network is a ResNet-10"]),
     "of other classes": (two_classes, ["do not fit the network", "(2, 32, 1, 1, 1) instead of (3, 32, 1, 1, 1)"]),
     "truncated": (cut, ["not a checkpoint that can be read", "truncated", "Download"]),
     "text": (text, ["not a checkpoint that can be read", "Download"]),

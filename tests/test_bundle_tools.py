@@ -15,7 +15,7 @@ import torch
 
 from med3d_nets import SegmentationNet
 from med3d_nets.errors import InputError
-from med3d_nets.registry import DEPTHS, WEIGHTS
+from med3d_nets.registry import DEPTHS, encoders
 from tools import bundles
 from tools.bundle_check import check_bundle
 from tools.bundle_folder import Bundle
@@ -62,7 +62,7 @@ class TestMake:
             assert bundle.metadata["name"].endswith(f"ResNet-{depth}")
             assert bundle.metadata["network_parameters"] > record.encoder_parameters
             urls = re.findall(r'url: "(.*)"', bundle.text("large_files.yml"))
-            assert urls == [weight.url for weight in WEIGHTS.values() if weight.depth == depth]
+            assert urls == [weight.url for weight in encoders(depth)]
             other = {f"resnet{d}" for d in DEPTHS} - {f"resnet{depth}"}
             assert not other & set(re.findall(r"_(resnet\d+)/", bundle.text("docs/README.md")))
 
@@ -393,7 +393,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "command's weights": (
         text("docs/README.md", "resnet_10_23dataset", "resnet_18"),
-        r"resnet_18.pth: no released",
+        r"resnet_18: no released",
     ),
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from med3d_nets import DEPTHS, WEIGHTS, Med3DEncoder, Med3DResNet, SegmentationNet, flexunet
 from med3d_nets.heads import HEADS, upsample
+from med3d_nets.registry import encoders
 from med3d_nets.resnet import ShortcutA
 from tests import reference
 
@@ -45,17 +46,19 @@ class TestRegistry:
         assert {depth: record.layers for depth, record in DEPTHS.items()} == reference.BLOCKS
 
     def test_weights_say_what_they_are(self) -> None:
-        assert len(WEIGHTS) == 11
-        assert {weight.depth for weight in WEIGHTS.values()} == set(TABLE)
-        assert len({weight.sha256 for weight in WEIGHTS.values()}) == 11
-        for name, weight in WEIGHTS.items():
+        assert len(encoders()) == 11
+        assert {weight.depth for weight in encoders()} == set(TABLE)
+        assert len({weight.sha256 for weight in WEIGHTS.values()}) == len(WEIGHTS)
+        for weight in encoders():
             assert (weight.shortcut, weight.output_stride, weight.licence) == (
                 TABLE[weight.depth][0],
                 8,
                 "MIT",
             )
             assert re.fullmatch(r"[0-9a-f]{64}", weight.sha256) and weight.datasets
-            assert weight.url.endswith(f"/MedicalNet-Resnet{weight.depth}/resolve/main/{name}.pth")
+            assert re.fullmatch(r"main|[0-9a-f]{40}", weight.revision)
+            place = f"/MedicalNet-Resnet{weight.depth}/resolve/{weight.revision}/{weight.name}.pth"
+            assert weight.url.endswith(place)
             if weight.size:  # four bytes a parameter and the file's own structure
                 assert 0 < weight.size - 4 * TABLE[weight.depth][1] < 1_000_000
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from monai.networks.nets import FlexibleUNet
 
-from med3d_nets import DEPTHS, InputError, Med3DResNet, SegmentationNet
-from med3d_nets.weights import detect_architecture, file_sha256, load_backbone, load_network
+from med3d_nets import DEPTHS, InputError, Med3DResNet, SegmentationNet, initialise
+from med3d_nets.weights import (
+    detect_architecture,
+    file_sha256,
+    load_backbone,
+    load_checkpoint,
+    load_network,
+    read_state_dict,
+)
 from tests import reference
 
 State = dict[str, torch.Tensor]
@@ -42,7 +51,9 @@ class TestLoading:
         with torch.device("meta"):
             net = Med3DResNet(depth)
         net.to_empty(device="cpu")
-        assert load_backbone(net, _write(tmp_path / "w.pth", {"state_dict": _released(depth)})) is net
+        account = load_backbone(net, _write(tmp_path / "w.pth", {"state_dict": _released(depth)}))
+        assert account.loaded == tuple(net.state_dict())
+        assert not (account.missing or account.unexpected or account.shape_mismatch or account.skipped or account.stem)
         for n, (key, value) in enumerate(net.state_dict().items()):
             assert (value == n).all(), key
 
@@ -60,7 +71,9 @@ class TestLoading:
         state = {prefix + key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
         if "backbone" in prefix:
             state[prefix.replace("backbone", "head") + "conv.weight"] = torch.zeros(3)
-        net = load_backbone(Med3DResNet(10), _write(tmp_path / "w.pt", state))
+        net = Med3DResNet(10)
+        account = load_backbone(net, _write(tmp_path / "w.pt", state))
+        assert account.head == (("head.conv.weight",) if "backbone" in prefix else ())
         assert net.conv1.weight.dtype == torch.float32
         assert all((value == n).all() for n, value in enumerate(net.state_dict().values()))
 
@@ -91,6 +104,88 @@ class TestLoading:
         assert file_sha256(tmp_path / "abc") == digest
 
 
+class TestAccount:
+    def test_safetensors(self, tmp_path: Path) -> None:
+        state = {key: value.contiguous() for key, value in _tiny(reference.encoder_shapes(10, "B")).items()}
+        safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+        net = Med3DResNet(10)
+        assert len(load_backbone(net, tmp_path / "w.safetensors").loaded) == 72
+        assert all((value == n).all() for n, value in enumerate(net.state_dict().values()))
+
+    def test_module_inside_a_name_stays(self, tmp_path: Path) -> None:
+        path = _write(tmp_path / "w.pt", {"module.a.module.b": torch.ones(1)})
+        assert list(read_state_dict(path)) == ["a.module.b"]
+
+    def test_is_logged(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        state = {**_released(10), "module.conv_seg.0.weight": torch.zeros(1)}
+        account = load_backbone(Med3DResNet(10), _write(tmp_path / "w.pth", {"state_dict": state}))
+        assert account.head == ("head.conv_seg.0.weight",)
+        assert str(account) == caplog.messages[-1]
+        assert "w.pth: 72 tensors loaded; 0 missing; 0 unexpected; 0 of another shape; 1 of a head" in str(account)
+
+    def test_networks_that_have_a_backbone(self, tmp_path: Path) -> None:
+        path = _write(tmp_path / "w.pth", {"state_dict": _released(10)})
+        for net in (SegmentationNet(10, 2), FlexibleUNet(1, 2, "med3d_resnet10", spatial_dims=3)):
+            assert len(load_backbone(net, path).loaded) == 72
+        assert initialise(net := SegmentationNet(10, 2), str(path)) is net
+        assert (net.backbone.bn1.weight == 1).all() and (net.backbone.bn1.bias == 2).all()
+        with pytest.raises(TypeError, match="Linear: no Med3DResNet"):
+            load_backbone(torch.nn.Linear(1, 1), path)
+
+    def test_another_head_by_name(self, tmp_path: Path) -> None:
+        """A network for other classes keeps its own last layer, only when that is asked for."""
+        saved, net = SegmentationNet(10, 3, "fpn"), SegmentationNet(10, 5, "fpn")
+        path = _write(tmp_path / "model.pt", saved.state_dict())
+        own = {key: value.clone() for key, value in net.state_dict().items()}
+        with pytest.raises(InputError, match=r"2 of another shape \(head\.classify\.weight \(3, 32, 1, 1, 1\) instead"):
+            load_checkpoint(net, path)
+        account = load_checkpoint(net, path, skip=["head.classify"])
+        assert len(account.shape_mismatch) == 2 and not account.missing and not account.unexpected
+        for key, value in net.state_dict().items():
+            same = own[key] if key.startswith("head.classify") else saved.state_dict()[key]
+            assert torch.equal(value, same), key
+
+    def test_skip(self, tmp_path: Path) -> None:
+        state = {**_without("module.bn1.bias"), "module.extra.weight": torch.ones(2)}
+        path = _write(tmp_path / "w.pth", {"state_dict": state})
+        net = Med3DResNet(10)
+        with pytest.raises(InputError, match=r"1 missing \(bn1\.bias\); 1 unexpected \(extra\.weight\)"):
+            load_backbone(net, path)
+        with pytest.raises(InputError, match=r"1 missing \(bn1\.bias\); 0 unexpected"):
+            load_backbone(net, path, skip="extra")
+        account = load_backbone(net, path, skip=["bn1", "extra"])
+        assert account.missing == ("bn1.bias",) and account.unexpected == ("extra.weight",)
+        assert set(account.skipped) == {
+            f"bn1.{n}" for n in ("weight", "running_mean", "running_var", "num_batches_tracked")
+        }
+        assert (net.bn1.weight == 1).all() and len(account.loaded) == 67
+        with pytest.raises(InputError, match=r"skip=\['bn'\]: matches no tensor"):
+            load_backbone(net, path, skip=["bn1", "extra", "bn"])
+
+
+class TestStem:
+    """Weights of another number of channels give equal activations on an image repeated over the channels."""
+
+    @pytest.mark.parametrize("saved_for, built_for", [(1, 3), (1, 2), (3, 1)])
+    def test_equal_activations(self, saved_for: int, built_for: int, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        saved = Med3DResNet(10, in_channels=saved_for).eval()
+        net = Med3DResNet(10, in_channels=built_for).eval()
+        account = load_backbone(net, _write(tmp_path / "w.pt", saved.state_dict()))
+        assert ("repeated" if built_for > 1 else "summed") in account.stem and account.stem in str(account)
+        image = torch.randn(1, 1, 24, 16, 20)
+        with torch.no_grad():
+            expected, got = (one(image.repeat(1, one.in_channels, 1, 1, 1)) for one in (saved, net))
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+    def test_no_rule_between_several(self, tmp_path: Path) -> None:
+        path = _write(tmp_path / "w.pt", Med3DResNet(10, in_channels=2).state_dict())
+        with pytest.raises(InputError, match=r"conv1\.weight \(64, 2, 7, 7, 7\) instead of \(64, 3, 7, 7, 7\)"):
+            load_backbone(Med3DResNet(10, in_channels=3), path)
+
+
 class _Harmful:
     """Makes a folder when it is unpickled."""
 
@@ -115,11 +210,11 @@ UNFIT: dict[str, tuple[Callable[[], State], list[str]]] = {
     "a key missing": (lambda: _without("module.layer3.0.bn2.bias"), ["1 missing (layer3.0.bn2.bias)"]),
     "a key too many": (
         lambda: {**_released(10), "module.fc.weight": torch.ones(2)},
-        ["1 unexpected (fc.weight)"],
+        ["1 unexpected (fc.weight)", "a ResNet with a classifier", "convert"],
     ),
     "another shape": (
-        lambda: {**_released(10), "module.conv1.weight": torch.ones(64, 3, 7, 7, 7)},
-        ["conv1.weight (64, 3, 7, 7, 7) instead of (64, 1, 7, 7, 7)"],
+        lambda: {**_released(10), "module.conv1.weight": torch.ones(64, 1, 5, 5, 5)},
+        ["conv1.weight (64, 1, 5, 5, 5) instead of (64, 1, 7, 7, 7)"],
     ),
     "not a number": (
         lambda: {**_released(10), "module.bn1.bias": torch.full((64,), torch.nan)},
@@ -132,6 +227,10 @@ UNFIT: dict[str, tuple[Callable[[], State], list[str]]] = {
     "a key twice": (
         lambda: {**_released(10), "conv1.weight": torch.ones(64, 1, 7, 7, 7)},
         ["1 there twice", "(conv1.weight)"],
+    ),
+    "torchvision's video network": (
+        lambda: {"stem.0.weight": torch.ones(64, 3, 3, 7, 7), "layer1.0.conv1.0.weight": torch.ones(64, 64, 3, 3, 3)},
+        ["72 missing", "torchvision's video ResNet"],
     ),
     "no key in common": (
         lambda: {"a": torch.ones(1), "b": torch.ones(1)},
@@ -175,6 +274,10 @@ class TestRefusal:
     )
     def test_no_state_dict(self, content: object, net: Med3DResNet, tmp_path: Path) -> None:
         assert "a state dict (tensors by name) is needed" in self._refused(net, _write(tmp_path / "w.pth", content))
+
+    def test_broken_safetensors(self, net: Med3DResNet, tmp_path: Path) -> None:
+        (tmp_path / "w.safetensors").write_bytes(b"<!DOCTYPE html>")
+        assert "not a checkpoint" in self._refused(net, tmp_path / "w.safetensors")
 
     def test_absent(self, net: Med3DResNet, tmp_path: Path) -> None:
         assert "no such weights file" in self._refused(net, tmp_path / "none.pth")

@@ -16,7 +16,7 @@ from typing import Any
 import monai.bundle
 from monai.bundle import ConfigParser
 
-from med3d_nets.registry import DEPTHS, WEIGHTS
+from med3d_nets.registry import DEPTHS, WEIGHTS, encoders
 from tools.bundle_folder import Bundle, Fault, merge
 
 REQUIRED = ("LICENSE", "configs/metadata.json", "configs/inference.json", "docs/README.md")
@@ -52,7 +52,7 @@ def check_licence(bundle: Bundle) -> Iterator[Fault]:
 def check_large_files(bundle: Bundle) -> Iterator[Fault]:
     """Entries that name the registry's files of this depth, with the hash that MONAI verifies only if it is typed."""
     file = "large_files.yml"
-    known = {f"models/{w.name}.pth": (w.url, w.sha256) for w in WEIGHTS.values() if w.depth == bundle.depth}
+    known = {f"models/{w.file}": (w.url, w.sha256) for w in encoders(bundle.depth)}
     if not bundle.text(file).strip():
         return
     try:
@@ -101,11 +101,9 @@ def check_commands(bundle: Bundle) -> Iterator[Fault]:
 
 def check_weight_names(bundle: Bundle) -> Iterator[Fault]:
     """Released weights that the model card names: they exist, and are of this depth."""
-    for name in sorted(set(re.findall(r"\b(resnet_\w+)\.pth", bundle.text("docs/README.md")))):
+    for name in sorted(set(re.findall(r"\bresnet_\d\w*", bundle.text("docs/README.md")))):
         if bundle.depth in DEPTHS and (name not in WEIGHTS or WEIGHTS[name].depth != bundle.depth):
-            yield Fault(
-                "docs/README.md", f"{name}.pth: no released weights of a ResNet-{bundle.depth}", "correct the name"
-            )
+            yield Fault("docs/README.md", f"{name}: no released weights of a ResNet-{bundle.depth}", "correct the name")
 
 
 def _is_logging_class(name: str, base: type) -> bool:
