@@ -132,12 +132,7 @@ class SegmentationWriter:
         return {
             "bundle": self.bundle,
             "weights_sha256": self._sha256,
-            "versions": {
-                "med3d_nets": med3d_nets.__version__,
-                "monai": monai.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
     def _picture(self, image: MetaTensor, nifti: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
@@ -167,6 +162,16 @@ class SegmentationWriter:
                     hidden.write_bytes(content)
                 else:
                     nib.save(content, hidden)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    return {
+        "med3d_nets": med3d_nets.__version__,
+        "monai": monai.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def measure(

@@ -90,7 +90,7 @@ class CaseScores:
 
     def _finish(self, engine: Engine) -> None:
         """Gather the cases of all processes and write them."""
-        cases, failed = _gather(self._cases), _gather(engine.state.failed)  # type: ignore[attr-defined]
+        cases, failed = gather(self._cases), gather(engine.state.failed)  # type: ignore[attr-defined]
         self._cases = {}
         summary = {name: _summarise(name, cases) for name in self.labels.values()}
         means = [one["dice"]["mean"] for one in summary.values() if one["dice"]["mean"] is not None]
@@ -165,8 +165,8 @@ def _summarise(name: str, cases: Mapping[str, Mapping[str, Scores]]) -> dict[str
     return summary
 
 
-def _gather(mine: dict[str, Any]) -> dict[str, Any]:
-    """The items of all processes, sorted."""
+def gather(mine: dict[str, Any]) -> dict[str, Any]:
+    """The items of all processes, sorted by key."""
     parts: list[Any] = [mine]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()

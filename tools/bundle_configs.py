@@ -20,7 +20,7 @@ _PROPERTIES: dict[str, dict[str, Any]] = {
     "train": TrainProperties,
 }
 _TASKS = ("_segmentation", "_classification", "_detection")
-_NOT_COMPARED = {"freeze_backbone", "dropout", "_requires_"}
+_NOT_COMPARED = {"freeze_backbone", "freeze_norm", "dropout", "_requires_"}
 _RUN_KEYS = {"imports", "initialize", "run", "finalize"}
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
 _PACKAGE_IMPORT = "$import med3d_nets"
@@ -61,12 +61,19 @@ def check_name(bundle: Bundle) -> Iterator[Fault]:
 
 
 def check_one_network(bundle: Bundle) -> Iterator[Fault]:
-    """The same network in every workflow, save for what changes no weight."""
-    first = bundle.network_defs.get("inference", {})
-    for name, definition in bundle.network_defs.items():
-        for key in sorted({*first, *definition} - _NOT_COMPARED):
-            if first and definition.get(key) != first.get(key):
-                wrong = f"network_def#{key} is {definition.get(key)!r}, in inference.json {first.get(key)!r}"
+    """The same network in every workflow, save for what changes no weight.
+
+    Where inference uses the encoder alone, another network is trained and evaluated; those two are compared then.
+    """
+    definitions = bundle.network_defs
+    for name, definition in definitions.items():
+        other = "inference"
+        if definition.get("_target_") != definitions.get(other, {}).get("_target_"):
+            other = {"train": "evaluate"}.get(name, "train")
+        reference = definitions.get(other, {})
+        for key in sorted({*reference, *definition} - _NOT_COMPARED):
+            if reference and definition.get(key) != reference.get(key):
+                wrong = f"network_def#{key} is {definition.get(key)!r}, in {other}.json {reference.get(key)!r}"
                 yield Fault(f"configs/{name}.json", wrong, "make the two agree, or the weights will not fit")
 
 

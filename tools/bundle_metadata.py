@@ -37,7 +37,7 @@ _TENSOR = {
         "dtype": _TEXT,
         "value_range": {"type": "array", "items": {"type": "number"}},
         "is_patch_data": {"type": "boolean"},
-        "channel_def": {**_TEXTS, "propertyNames": {"pattern": r"^\d+$"}},
+        "channel_def": {**_TEXTS, "propertyNames": {"pattern": r"^\d+(-\d+)?$"}},
     },
 }
 SCHEMA: dict[str, Any] = {
@@ -109,11 +109,12 @@ def check_packages(bundle: Bundle) -> Iterator[Fault]:
 
 
 def check_channels(bundle: Bundle) -> Iterator[Fault]:
-    """One definition per channel, and types that torch has."""
+    """One definition per channel or range of channels (``0-63``), and types that torch has."""
     for side, name, tensor in _tensors(bundle):
         where = f"{side}#{name}"
         channels = tensor["num_channels"]
-        if sorted(tensor["channel_def"], key=int) != [str(index) for index in range(channels)]:
+        defined = [index for key in tensor["channel_def"] for index in _channels(key)]
+        if sorted(defined) != list(range(channels)):
             keys = ", ".join(tensor["channel_def"])
             yield Fault(
                 METADATA, f"{where} has {channels} channels, channel_def has {keys}", "define each channel once"
@@ -199,6 +200,12 @@ def _tensors(bundle: Bundle) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for side in ("inputs", "outputs"):
             for name, tensor in described[side].items():  # type: ignore[index]
                 yield side, name, tensor
+
+
+def _channels(key: str) -> range:
+    """The channels that a key of channel_def stands for: ``3`` or ``0-63``."""
+    first, _, last = key.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def _dict(metadata: dict[str, Any], key: str) -> dict[str, Any]:

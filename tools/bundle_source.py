@@ -8,14 +8,16 @@ released ones. ``tools/templates/TASK/depths.json``, not copied, may add to the 
 
 In Markdown, ``<!-- trained -->…<!-- /trained -->`` stays where the bundle ships weights and
 ``<!-- untrained -->…<!-- /untrained -->`` where it does not; the line ``SCORES_TABLE`` becomes a table of the depth's
-eval_metrics and ``TRAINED_BUNDLES`` the names of the task's bundles that ship weights.
+eval_metrics, ``TRAINED_BUNDLES`` the names of the task's bundles that ship weights, ``STAGE_CHANNELS`` the channels of
+the encoder's five stages and ``EMBEDDING_CHANNELS`` those of the last. An output in the metadata whose channels are
+those stages (``"channel_def": {"0-63": "stem", …}``) gets the depth's numbers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from med3d_nets.embedding import STAGES, stage_slices
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
-from med3d_nets.registry import DEPTHS, WEIGHTS
+from med3d_nets.registry import DEPTHS, encoders
 from med3d_nets.weights import file_sha256
 
 # What belongs to the user or to training; everything else in a bundle is made.
@@ -74,6 +77,8 @@ def render(template: Path, depth: int, bundles: Path, licence: Path) -> dict[str
     words = {
         "SCORES_TABLE": _scores_table(record.get("eval_metrics", {})),
         "TRAINED_BUNDLES": ", ".join(sorted(trained, key=lambda name: (len(name), name))) or "none yet",
+        "STAGE_CHANNELS": ", ".join(map(str, DEPTHS[depth].feature_channels)),
+        "EMBEDDING_CHANNELS": str(DEPTHS[depth].feature_channels[-1]),
     }
     files: dict[str, bytes] = {}
     for path in _template_files(template):
@@ -87,6 +92,7 @@ def render(template: Path, depth: int, bundles: Path, licence: Path) -> dict[str
     _normalise(files, template)
     metadata = json.loads(files["configs/metadata.json"]) | record
     metadata["network_parameters"] = _network_parameters(files["configs/inference.json"])
+    _describe_stages(metadata, DEPTHS[depth].feature_channels)
     if weights.is_file():
         metadata["weights_sha256"] = file_sha256(weights)
     files["configs/metadata.json"] = _json(metadata)
@@ -146,7 +152,7 @@ def _made_files(bundle: Path) -> dict[str, Path]:
 
 def _at_depth(text: str, depth: int) -> str:
     """Replace the literals of depth 10; `resnet101` has none of them."""
-    released = [name for name, weight in WEIGHTS.items() if weight.depth == depth]
+    released = [weight.name for weight in encoders(depth)]
     text = text.replace("resnet_10_23dataset", released[-1] if released else f"resnet_{depth}")
     return re.sub(r'(resnet_?|ResNet-|"depth": )10(?!\d)', rf"\g<1>{depth}", text)
 
@@ -171,6 +177,14 @@ def _depth_record(template: Path, depth: int) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")).get(str(depth), {}) if path.is_file() else {}
 
 
+def _describe_stages(metadata: dict[str, Any], channels: Sequence[int]) -> None:
+    for output in metadata["network_data_format"]["outputs"].values():
+        if tuple(output["channel_def"].values()) == STAGES:
+            slices = stage_slices(channels).items()
+            output["channel_def"] = {f"{place.start}-{place.stop - 1}": stage for stage, place in slices}
+            output["num_channels"] = sum(channels)
+
+
 @cache
 def _network_parameters(inference: bytes) -> int:
     """Count without memory for the parameters: 500 MB at depth 200."""
@@ -181,12 +195,11 @@ def _network_parameters(inference: bytes) -> int:
 
 def _large_files(depth: int) -> bytes:
     lines = ["large_files:"]
-    for weight in WEIGHTS.values():
-        if weight.depth == depth:
-            lines.append(f'  - path: "models/{weight.name}.pth"')
-            lines.append(f'    url: "{weight.url}"')
-            lines.append(f'    hash_val: "{weight.sha256}"')
-            lines.append('    hash_type: "sha256"')
+    for weight in encoders(depth):
+        lines.append(f'  - path: "models/{weight.file}"')
+        lines.append(f'    url: "{weight.url}"')
+        lines.append(f'    hash_val: "{weight.sha256}"')
+        lines.append('    hash_type: "sha256"')
     return "\n".join([*lines, ""]).encode("utf-8")
 
 

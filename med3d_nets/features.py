@@ -1,0 +1,207 @@
+"""What a user gets of the bare encoder: embeddings and feature maps per case, and one table of all cases."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from numpy.typing import NDArray
+from torch import nn
+
+from med3d_nets.embedding import STAGES, EmbeddingNet
+from med3d_nets.errors import InputError
+from med3d_nets.evaluator import CaseEvents
+from med3d_nets.files import replacing
+from med3d_nets.registry import WEIGHTS
+from med3d_nets.results import versions
+from med3d_nets.weights import file_sha256
+from med3d_nets.weights.store import fault, resolve
+
+Arrays = dict[str, NDArray[Any]]
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class FeatureWriter:
+    """Handler of CaseEvaluator that writes ``{case}_features.npz``, and at the end ``embeddings.csv`` and ``run.json``.
+
+    The npz holds the average of each stage (``stem``, ``layer1`` … ``layer4``) and ``embedding``, that of layer4,
+    float32; with maps also ``map_layer4`` and so on, float16, (C, x, y, z), and ``affine_layer4``, 4 × 4, from the
+    map's voxel index to mm in RAS. The table has one row per case: name, then the embedding.
+
+    It expects in the engine's output ``pred``, what EmbeddingNet gives, and ``image``, the network's input, a
+    MetaTensor. No file is ever half written. When a run starts, the table and the record of an earlier run get the
+    suffix ``.old``; when a case fails, so does its npz.
+
+    Args:
+        output_dir: folder for the files, made when the first case starts.
+        network: the EmbeddingNet.
+        weights: file of its weights, whose hash goes into ``run.json``.
+        record: what else ``run.json`` tells, for example the bundle, the spacing and the normalisation.
+        maps: also write feature maps.
+        map_stages: which.
+
+    Raises:
+        InputError: an unknown stage.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        network: EmbeddingNet,
+        weights: str | Path,
+        record: Mapping[str, Any],
+        maps: bool = False,
+        map_stages: Sequence[str] = ("layer4",),
+    ) -> None:
+        stages = [map_stages] if isinstance(map_stages, str) else list(map_stages)
+        unknown = [str(stage) for stage in stages if stage not in STAGES]
+        if unknown:
+            raise InputError(f"map_stages: there is no {', '.join(unknown)}; allowed are {', '.join(STAGES)}.")
+        self.output_dir = Path(output_dir).expanduser()
+        self.network = network
+        self.weights = Path(weights)
+        self.record = dict(record)
+        self.map_stages = stages if maps else []
+        self._maps: list[torch.Tensor] = []
+        self._embeddings: dict[str, NDArray[np.float32]] = {}
+        self._started = False
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a CaseEvaluator."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(CaseEvents.CASE_FAILED, self._forget)
+        engine.add_event_handler(CaseEvents.ALL_CASES_DONE, self._finish)
+        if self.map_stages:
+            self.network.backbone.register_forward_hook(self._keep_maps)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the npz of the current case."""
+        case, output = engine.state.case, engine.state.output[0]  # type: ignore[attr-defined,index]
+        vector = output["pred"].float().cpu().numpy()
+        if not np.isfinite(vector).all():
+            raise InputError(f"{case}: the features are not finite. Take weights of a training that did not diverge.")
+        arrays: Arrays = {stage: vector[place] for stage, place in self.network.slices.items()}
+        arrays["embedding"] = arrays[STAGES[-1]]
+        arrays.update(self._map_arrays(case, np.asarray(output["image"].affine, dtype=np.float64)))
+        path = self._path(case)
+        with replacing(path) as hidden, hidden.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+        self._embeddings[case] = arrays["embedding"]
+        print(f"  {len(arrays['embedding'])} features -> {path}")
+
+    def _start(self, engine: Engine) -> None:
+        """Make the folder; what an earlier run says of all cases must not stand beside the results of this one."""
+        if self._started:
+            return
+        self._started = True
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for name in ("embeddings.csv", "run.json"):
+                _set_aside(self.output_dir / name)
+        except OSError as error:
+            raise InputError(
+                f"{self.output_dir}: nothing can be written to this output_dir ({error.strerror}). "
+                "Give a folder that can be written."
+            ) from error
+
+    def _keep_maps(self, backbone: nn.Module, inputs: Any, maps: list[torch.Tensor]) -> None:
+        self._maps = maps
+
+    def _map_arrays(self, case: str, affine: NDArray[np.float64]) -> Arrays:
+        """The maps that are asked for; a map of stride s has its voxel i at the input's voxel s * i."""
+        arrays: Arrays = {}
+        for stage, stride, values in zip(STAGES, self.network.backbone.feature_strides, self._maps, strict=False):
+            if stage in self.map_stages:
+                if float(values.abs().max()) > _FLOAT16_MAX:
+                    raise InputError(f"{case}: the map of {stage} exceeds half precision; leave it out.")
+                arrays[f"map_{stage}"] = values[0].half().cpu().numpy()
+                arrays[f"affine_{stage}"] = affine @ np.diag([stride, stride, stride, 1.0])
+        self._maps = []
+        return arrays
+
+    def _forget(self, engine: Engine) -> None:
+        """Results of an earlier run must not look like those of the failed one."""
+        case = engine.state.case  # type: ignore[attr-defined]
+        self._embeddings.pop(case, None)
+        _set_aside(self._path(case))
+
+    def _finish(self, engine: Engine) -> None:
+        failed = dict(engine.state.failed)  # type: ignore[attr-defined]
+        report = {
+            **self.record,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "weights_file": str(self.weights),
+            "weights_sha256": file_sha256(self.weights),
+            "stages": dict(zip(STAGES, self.network.feature_channels, strict=True)),
+            "maps": self.map_stages,
+            "cases": list(self._embeddings),
+            "failed": failed,
+            "versions": versions(),
+        }
+        with contextlib.ExitStack() as files:
+            if self._embeddings:
+                hidden = files.enter_context(replacing(self.output_dir / "embeddings.csv"))
+                hidden.write_text(_table(self._embeddings), encoding="utf-8")
+                print(f"{len(self._embeddings)} embeddings -> {self.output_dir / 'embeddings.csv'}")
+            hidden = files.enter_context(replacing(self.output_dir / "run.json"))
+            hidden.write_text(f"{json.dumps(report, indent=2)}\n")
+        self._embeddings, self._started = {}, False
+
+    def _path(self, case: str) -> Path:
+        return self.output_dir / f"{case}_features.npz"
+
+
+def find_weights(weights: str | Path, bundle_root: str | Path) -> str:
+    """Find the encoder's weights that a user names.
+
+    Args:
+        weights: a file, or a name of the registry, for example ``resnet_10_23dataset``.
+        bundle_root: the bundle, in whose ``models/NAME.pth`` ``monai.bundle download_large_files`` puts a name's file;
+            where there is none, the name is looked up and fetched by ``med3d_nets.weights.store.resolve``.
+
+    Returns:
+        Path of the file; that of a name has the registry's hash.
+
+    Raises:
+        InputError: nothing is given, there is no such file or name, the name's file has another hash, or it cannot be
+            fetched.
+    """
+    if not str(weights):
+        raise InputError("No weights are given. Name a file or a record (python -m med3d_nets.weights list).")
+    downloaded = Path(bundle_root) / "models" / f"{weights}.pth"
+    if str(weights) not in WEIGHTS or Path(weights).is_file() or not downloaded.is_file():
+        return str(resolve(weights))
+    reason = fault(downloaded, WEIGHTS[str(weights)])
+    if reason:
+        raise InputError(
+            f"{downloaded}: is not {weights}: {reason}. Remove it and run python -m monai.bundle download_large_files "
+            "in the bundle's folder."
+        )
+    return str(downloaded)
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists():
+        os.replace(path, f"{path}.old")
+
+
+def _table(embeddings: Mapping[str, NDArray[np.float32]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    width = len(next(iter(embeddings.values())))
+    writer.writerow(["case", *(f"e{index}" for index in range(width))])
+    for case, vector in embeddings.items():
+        writer.writerow([case, *(f"{value:.7g}" for value in vector)])
+    return text.getvalue()
