@@ -178,7 +178,7 @@ def resnet18(path: Path, good: Path) -> None:
 
 def two_classes(path: Path, good: Path) -> None:
     state = torch.load(good, weights_only=True)
-    state["head.classify.weight"] = state["head.classify.weight"][:2]
+    state["head.classify.weight"] = state["head.classify.weight"][:, :2]
     torch.save(state, path)
 
 
@@ -193,7 +193,7 @@ def text(path: Path, good: Path) -> None:
 BAD_WEIGHTS: dict[str, tuple[Callable[[Path, Path], None], list[str]]] = {
     "absent": (absent, ["no such weights file"]),
     "of another depth": (resnet18, ["weights of a ResNet-18", "the network is a ResNet-10"]),
-    "of other classes": (two_classes, ["do not fit the network", "(2, 32, 1, 1, 1) instead of (3, 32, 1, 1, 1)"]),
+    "of other classes": (two_classes, ["do not fit the network", "(32, 2, 2, 2, 2) instead of (32, 3, 2, 2, 2)"]),
     "truncated": (cut, ["not a checkpoint that can be read", "truncated", "Download"]),
     "text": (text, ["not a checkpoint that can be read", "Download"]),
 }

@@ -48,6 +48,7 @@ GRIDS = {
     "tilted gantry": grid((2, 2, 4), SIZE, TILT),
 }
 CANONICAL, STORED_ANEW = "2.5 mm", "2.2 x 2.6 x 4 mm"
+LEAST_DICE = dict.fromkeys(GRIDS, 0.98) | {"oblique and thick": 0.97}  # 5 mm slices at 18° blur what is 2.5 mm there
 ORIENTATIONS = ("LPS", "LAS", "RPI", "LPI", "SPL", "ASL", "PIR", "IRA")  # besides RAS of all above
 
 
@@ -136,7 +137,7 @@ def test_same_millimetre_mask_from_every_grid(trained: Path, name: str) -> None:
     assert_on_own_grid(mask, trained / "in" / f"{name}.nii.gz")
     for value, label in LABELS.items():
         moved = resample(np.asarray(canonical.dataobj) == value, canonical.affine, mask.shape, mask.affine) > 0.5
-        assert dice(moved, np.asarray(mask.dataobj) == value) >= 0.98, label
+        assert dice(moved, np.asarray(mask.dataobj) == value) >= LEAST_DICE[name], label
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)

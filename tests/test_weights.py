@@ -138,7 +138,7 @@ class TestAccount:
         saved, net = SegmentationNet(10, 3, "fpn"), SegmentationNet(10, 5, "fpn")
         path = _write(tmp_path / "model.pt", saved.state_dict())
         own = {key: value.clone() for key, value in net.state_dict().items()}
-        with pytest.raises(InputError, match=r"2 of another shape \(head\.classify\.weight \(3, 32, 1, 1, 1\) instead"):
+        with pytest.raises(InputError, match=r"2 of another shape \(head\.classify\.weight \(32, 3, 2, 2, 2\) instead"):
             load_checkpoint(net, path)
         account = load_checkpoint(net, path, skip=["head.classify"])
         assert len(account.shape_mismatch) == 2 and not account.missing and not account.unexpected
