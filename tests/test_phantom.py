@@ -164,6 +164,7 @@ def test_sample_is_one_chest(tmp_path: Path) -> None:
         ({"region": "knee"}, "knee.*thorax"),
         ({"pathology": "flu"}, "flu.*effusion"),
         ({"spacing": (1, 0, 1)}, "spacing.*positive"),
+        ({"spacing": 4}, "spacing is 4; give three positive numbers"),
         ({"size_mm": (100, 100)}, "size_mm.*three"),
     ],
 )

@@ -26,7 +26,7 @@ import pydicom
 from monai.transforms import LoadImage
 from scipy import ndimage
 
-from med3d_nets.errors import InputError
+from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from tools.lung_labels import (
     BONE_ABOVE_HU,
@@ -303,4 +303,5 @@ def _draw(image: np.ndarray, label: np.ndarray, spacing: Spacing, name: str, fol
 
 
 if __name__ == "__main__":
+    clear_errors()
     fire.Fire({"make": make, "look": look})

@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from med3d_nets.errors import InputError
+from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from tools import phantom_anatomy as anatomy
 from tools import phantom_lungs, phantom_scanner, phantom_tissue
@@ -145,7 +145,8 @@ def _check(size_mm: Sequence[float], spacing: Sequence[float], region: str, path
     if pathology not in (None, "random") and pathology not in phantom_lungs.DISEASES:
         raise InputError(f"pathology is {pathology!r}; use None, 'random' or one of {list(phantom_lungs.DISEASES)}")
     for name, values in (("size_mm", size_mm), ("spacing", spacing)):
-        if len(values) != 3 or not all(np.isfinite(v) and v > 0 for v in values):
+        numbers = np.shape(values) == (3,) and all(isinstance(v, (int, float, np.number)) for v in values)
+        if not numbers or not all(np.isfinite(v) and v > 0 for v in values):
             raise InputError(f"{name} is {values!r}; give three positive numbers in mm")
 
 
@@ -265,4 +266,5 @@ def _write_index(folder: Path, training: list[dict[str, str]]) -> None:
 if __name__ == "__main__":
     import fire
 
+    clear_errors()
     fire.Fire({"make": make, "sample": sample})
