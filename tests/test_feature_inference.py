@@ -7,22 +7,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.apps.utils import HashCheckError
 
 from med3d_nets import EmbeddingNet, find_cases, find_weights, median_spacing
 from med3d_nets.errors import InputError
-from med3d_nets.registry import WEIGHTS
+from med3d_nets.registry import WEIGHTS, encoders
 from med3d_nets.weights import file_sha256
 from tests.bundle_runs import write_series, write_volume
 from tests.feature_runs import BUNDLE, make_volume, read_table, run, run_command, write_encoder, write_nifti
 from tests.reference import encoder_maps
 from tests.small_training import refusal
+from tests.weights_server import serving, tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -176,6 +180,22 @@ def test_weights_of_another_depth(volume: np.ndarray, tmp_path: Path) -> None:
     message = refusal(lambda: extract(path, tmp_path / "out", weights))
     assert "ResNet-18" in message and "ResNet-10" in message
     os.truncate(weights, 1000)  # a temporary folder need not keep 130 MB
+
+
+def test_monai_downloads_the_large_files(tmp_path: Path) -> None:
+    """MONAI's command on the bundle's list, its addresses led to a loopback server; a wrong hash is an error."""
+    content, text = tiny_checkpoint(), (BUNDLE / "large_files.yml").read_text()
+    with serving(content) as server:
+        for weight in encoders(10):
+            assert weight.url in text and weight.sha256 in text
+            text = text.replace(weight.url, server.url("good")).replace(weight.sha256, sha256(content).hexdigest())
+        (tmp_path / "large_files.yml").write_text(text)
+        monai.bundle.download_large_files(bundle_path=str(tmp_path))
+        (tmp_path / "large_files.yml").write_text(text.replace(sha256(content).hexdigest(), 64 * "0"))
+        with pytest.raises(HashCheckError, match="sha256 hash check"):
+            monai.bundle.download_large_files(bundle_path=str(tmp_path))
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {weight.file for weight in encoders(10)}
+    assert all(path.read_bytes() == content for path in (tmp_path / "models").iterdir())
 
 
 def test_downloaded_weights_are_found_in_the_bundle_and_checked(
