@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
+from multiprocessing.dummy import DummyProcess
 from types import TracebackType
+
+_PATIENCE = 60.0  # seconds
 
 
 class InputError(ValueError):
@@ -29,4 +33,15 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
     if cause is None:
         sys.__excepthook__(kind, error, traceback)
     else:
-        print(f"\nError: {cause}", file=sys.stderr)
+        print(f"\nError: {cause}", file=sys.stderr, flush=True)
+    _await_loaders()
+
+
+def _await_loaders() -> None:
+    """Let the threads that fill a cache end their volume.
+
+    Python would stop them within torch's code when it exits, which aborts the process with another exit code.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, DummyProcess):  # a worker of multiprocessing.pool.ThreadPool
+            thread.join(_PATIENCE)
