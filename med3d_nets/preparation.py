@@ -22,7 +22,7 @@ class CheckVolumed(MapTransform):
     Args:
         keys: the image, a MetaTensor (1, X, Y, Z), oriented as the spacing is.
         spacing: voxel size in mm to which it will be resampled.
-        max_voxels: most voxels after that. ResNet-10 takes about 150 bytes for each, the deeper ones more.
+        max_voxels: most voxels after that; the memory of a pass grows with them.
 
     Raises:
         InputError: the spacing is not three positive numbers.
