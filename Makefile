@@ -14,7 +14,8 @@ CT ?=
 
 venv: $(VENV)/.installed
 
-# torch first and pinned: with a torch in place no other package pulls in its CUDA build.
+# torch first and pinned, so that no other package brings another. On Linux its own wheel may be the CUDA build, which is
+# large; where that is not wanted, install the CPU build of the same version into .venv before.
 $(VENV)/.installed: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
