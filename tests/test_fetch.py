@@ -198,6 +198,13 @@ class TestBadDays:
         )
         assert where(NAME).read_bytes() == content and server.asked[-1] == ("good", "")
 
+    def test_a_login_page_does_not_cost_what_was_fetched(self, server: WeightsServer, content: bytes) -> None:
+        _refused([server.url("cut_always")])
+        _refused([server.url("html")])
+        assert _partial().read_bytes() == content[:1000]
+        fetch(NAME, [server.url("good")], patience=QUICK)
+        assert where(NAME).read_bytes() == content and server.asked[-1] == ("good", "bytes=1000-")
+
 
 class TestSources:
     def test_order(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ JUDGED: dict[str, tuple[str, list[str], dict[str, str], str, str]] = {
     "cases of LiTS": ("x", ["volume-0"], {}, "possible", "Task03"),
     "a usual name alone": ("x", ["a"], {"name": "Spleen"}, "possible", "called 'Spleen'"),
     "a collection of others": ("x", ["a"], {"name": "AbdomenCT-1K"}, "possible", "shares scans"),
+    "the Decathlon without an organ": ("x", ["a"], {"name": "MSD"}, "possible", "which task"),
+    "Task03 as nnU-Net names it": ("Dataset003_Liver", ["a"], {}, "seen", "Task03"),
     "3D-IRCADb": ("3Dircadb1", ["a"], {}, "possible", "Task03"),
     "BRATS numbers beyond training": ("x", ["BRATS_600"], {}, "no sign", ""),
     "another organ": ("Task06_Lung", ["lung_001"], {"reference": "Medical Segmentation Decathlon"}, "no sign", ""),
@@ -172,6 +174,7 @@ class TestWarning:
     ) -> None:
         """The lung bundle's train.json and evaluate.json, for weights that a hash in the registry names."""
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        monkeypatch.setattr("med3d_nets.initialise", lambda network, *_: network)  # the file holds no network
         data = write_dataset(tmp_path / "data", count=1)
         for case in ("images/phantom_003.nii.gz", "images/other.nii.gz"):
             entry = json.dumps({"training": [{"image": case, "label": "labels/chest0.nii.gz"}]})

@@ -129,8 +129,7 @@ def _attempt(url: str, partial: Path, size: int | None, timeout: float, progress
             if held and not (answer.status == 206 and _first_byte(answer) == held):
                 if answer.status == 206:
                     raise SourceError("the server sends another part of the file than the one asked for")
-                held = _remove(partial)  # the server ignores Range
-                total = _total(answer, 0)
+                held, total = 0, _total(answer, 0)  # the server ignores Range
             _receive(answer, partial, held, total, size, progress)
     except (OSError, http.client.HTTPException) as error:
         _fail(error)
@@ -167,6 +166,8 @@ def _receive(
                 raise SourceError("an HTML page in place of the file (a login page, or a proxy's?)")
             if None not in (size, total) and total != size:
                 raise SourceError(f"the file there has {total:,} bytes, {size:,} are right")
+            if held == 0:
+                _remove(partial)  # only now: what a login page answered is no reason to lose what was fetched
             _append(partial, chunk)
             bar.update(len(chunk))
             held += len(chunk)

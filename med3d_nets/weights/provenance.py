@@ -15,7 +15,7 @@ from typing import Any
 
 from med3d_nets.errors import InputError
 from med3d_nets.registry import WEIGHTS, Weight
-from med3d_nets.weights.sources import SOURCES, Source
+from med3d_nets.weights.sources import SOURCES, Source, is_decathlon_alone
 from med3d_nets.weights.states import file_sha256
 
 VERDICTS = ("no sign", "unknown", "possible", "seen")
@@ -79,7 +79,12 @@ def overlap(weights: str | Path, dataset_json: str | Path, section: str = "") ->
     path = Path(dataset_json)
     path = path / "dataset.json" if path.is_dir() else path
     texts, cases = _read(path, section)
-    findings = [_compare(source, texts, cases) for source in SOURCES if any(map(source.is_meant, record.datasets))]
+    sources = [source for source in SOURCES if any(map(source.is_meant, record.datasets))]
+    findings = [_compare(source, texts, cases) for source in sources]
+    if any(source.task for source in sources) and is_decathlon_alone(texts):
+        findings.append(
+            ("possible", "the data is the Decathlon, without saying which task; the training has seen some of them", ())
+        )
     findings += _not_on_record(record, texts, cases)
     verdict = max((verdict for verdict, _, _ in findings), key=VERDICTS.index, default="no sign")
     seen = dict.fromkeys(case for _, _, found in findings for case in found)
@@ -127,6 +132,7 @@ def _not_on_record(record: Weight, texts: list[str], cases: list[str]) -> list[F
         return []
     # The 8 datasets of the earlier release are the likeliest part of an unpublished list.
     alike = [s.title for s in SOURCES if s.task and _compare(s, texts, cases)[0] in ("seen", "possible")]
+    alike += ["the Decathlon"] if is_decathlon_alone(texts) else []
     more = f"; the data look like {', '.join(alike)}, which the 8-dataset weights have seen" if alike else ""
     return [("unknown", f"trained on: {'; '.join(others)}{more}", ())]
 

@@ -7,6 +7,7 @@ Communications 2022; of LiTS: Bilic et al., "The Liver Tumor Segmentation Benchm
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -49,7 +50,7 @@ class Source:
         words = _words(text)
         if self.names and re.search(self.names, words):
             return True
-        number = rf"\btask ?0*{self.task}\b"
+        number = rf"\b(?:task|dataset) ?0*{self.task}\b"  # nnU-Net calls it Dataset003_Liver
         if not self.task:
             return False
         if re.search(r"\bdecathlon\b(?! (layout|format|style|like)\b)|\bmsd\b", words) and re.search(
@@ -81,11 +82,18 @@ class Source:
         return int(next(filter(None, match.groups()), 0)) if match else None
 
 
+def is_decathlon_alone(texts: Iterable[str]) -> bool:
+    """Whether texts name the Decathlon, and neither a task nor anything else that would tell which of it."""
+    words = [_words(text) for text in texts]
+    return any(map(_DECATHLON_ALONE.fullmatch, words)) and not any(re.search(r"\btask ?\d", one) for one in words)
+
+
 def _words(text: str) -> str:
     """Lower case, with single spaces between the words: ``Task03_Liver`` is ``task03 liver``."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
+_DECATHLON_ALONE = re.compile(r"(?:the )?(?:medical segmentation decathlon|msd)(?: (?:challenge|data|dataset))*")
 _ABDOMENCT = r"abdomenct 1k|\bflare ?(20)?2[12]\b"
 
 SOURCES = (
