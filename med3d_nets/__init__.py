@@ -9,10 +9,22 @@ from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
 from med3d_nets.datalist import read_datalist, split_by_patient
+from med3d_nets.domain_data import (
+    DomainSampler,
+    SeededDataset,
+    cases_to_score,
+    sampling_weights,
+    split_domains,
+    with_settings,
+)
+from med3d_nets.domain_record import DomainRecord, pick_domain, read_domains
+from med3d_nets.domain_scores import DomainDice
+from med3d_nets.domain_transforms import ClassIndexd, DomainSpacingd, LeaveOutUnknownd, RandPatchd
 from med3d_nets.embedding import EmbeddingNet
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.evaluator import CaseEvaluator
 from med3d_nets.features import FeatureWriter, find_weights
+from med3d_nets.fingerprint import fingerprints
 from med3d_nets.flexunet import Med3DEncoder
 from med3d_nets.inputs import CheckCTd, LoadVolumed, find_cases
 from med3d_nets.label_table import (
@@ -23,6 +35,8 @@ from med3d_nets.label_table import (
     sample_weights,
     split_cases,
 )
+from med3d_nets.manifest import read_manifest
+from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
 from med3d_nets.norm import PreciseNorm
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
 from med3d_nets.registry import DEPTHS, WEIGHTS
@@ -46,28 +60,42 @@ __all__ = [
     "CheckLabeld",
     "CheckVolumed",
     "Checkpoints",
+    "ClassIndexd",
     "ClassScores",
     "ClassificationNet",
     "ClassifierRecord",
+    "CoTraining",
+    "DomainDice",
+    "DomainInferer",
+    "DomainLoss",
+    "DomainRecord",
+    "DomainSampler",
+    "DomainSpacingd",
     "EmbeddingNet",
     "FeatureScale",
     "FeatureWriter",
     "InputError",
+    "LeaveOutUnknownd",
     "LoadVolumed",
     "Med3DEncoder",
     "Med3DResNet",
+    "MultiDomainNet",
     "PadAtEndd",
     "PreciseNorm",
     "RandMirrord",
+    "RandPatchd",
     "RandomState",
+    "SeededDataset",
     "SegmentationNet",
     "SegmentationWriter",
     "__version__",
     "cases_to_classify",
+    "cases_to_score",
     "class_weights",
     "clear_errors",
     "find_cases",
     "find_weights",
+    "fingerprints",
     "initialise",
     "is_on",
     "known_classes",
@@ -77,11 +105,17 @@ __all__ = [
     "load_network",
     "median_spacing",
     "parameter_groups",
+    "pick_domain",
     "read_datalist",
+    "read_domains",
     "read_labels",
+    "read_manifest",
     "read_record",
     "sample_weights",
+    "sampling_weights",
     "split_by_patient",
     "split_cases",
+    "split_domains",
     "warn_overlap",
+    "with_settings",
 ]

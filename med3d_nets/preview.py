@@ -1,4 +1,4 @@
-"""A picture of a CT volume with the outlines of its mask: one axial, one coronal and one sagittal slice.
+"""A picture of a volume with the outlines of its mask: one axial, one coronal and one sagittal slice.
 
 Radiological convention: the patient's right is on the left of the picture, in the sagittal slice anterior is.
 """
@@ -31,27 +31,30 @@ _REVERSED = (0, 1)  # right and anterior, the far ends of axes 0 and 1, are draw
 
 
 def render_preview(
-    image_hu: NDArray[np.floating],
+    image: NDArray[np.floating],
     mask: NDArray[np.integer],
     spacing: Sequence[float],
     labels: Mapping[int, str],
     title: str,
     notes: Sequence[str] = (),
+    window: Sequence[float] | None = WINDOW_HU,
 ) -> bytes:
     """Draw three slices through the centre of the mask, the sagittal one through its largest label.
 
     Args:
-        image_hu: HU, shape (X, Y, Z), axes to the patient's right, anterior and superior (RAS).
+        image: HU or other intensities, shape (X, Y, Z), axes to the patient's right, anterior and superior (RAS).
         mask: label values on the same grid; an empty mask is shown at the volume's centre.
         spacing: voxel size in mm along the three axes.
         labels: text of the legend for each label value.
         title: headline.
         notes: lines below the picture, for example warnings.
+        window: intensities that are black and white; None takes the 1st and 99th percentile of the image.
 
     Returns:
         The content of a PNG file.
     """
-    size = np.array(image_hu.shape) * spacing  # mm
+    size = np.array(image.shape) * spacing  # mm
+    low, high = np.percentile(image, [1, 99]) if window is None else window
     widths = [size[view[1][0]] for view in _VIEWS]
     panel_height = float(np.clip(12.0 * max(size[1], size[2]) / sum(widths), 2.5, 9.0))  # inches
     below = 0.5 + _LINE * len(notes)  # inches for legend and notes
@@ -62,7 +65,7 @@ def render_preview(
     centre = _centre(mask, labels)
     for column, (name, shown, cut, marks) in enumerate(_VIEWS):
         axes = figure.add_subplot(grid[column])
-        _draw_slice(axes, np.take(image_hu, centre[cut], axis=cut), shown, spacing)
+        _draw_slice(axes, np.take(image, centre[cut], axis=cut), shown, spacing, (low, high))
         _draw_outlines(axes, np.take(mask, centre[cut], axis=cut), shown, spacing, list(labels))
         _decorate(axes, name, marks)
     _write(figure, labels, title, notes)
@@ -89,16 +92,17 @@ def _centre_along(mask: NDArray[np.bool_], axis: int) -> int:
     return round(float(np.average(np.arange(len(counts)), weights=counts)))
 
 
-def _draw_slice(axes: Axes, pixels: NDArray[Any], shown: tuple[int, int], spacing: Sequence[float]) -> None:
+def _draw_slice(
+    axes: Axes, pixels: NDArray[Any], shown: tuple[int, int], spacing: Sequence[float], window: Sequence[float]
+) -> None:
     """Draw in mm, voxel centres at index × spacing."""
     dx, dy = spacing[shown[0]], spacing[shown[1]]
     extent = (-dx / 2, (pixels.shape[0] - 0.5) * dx, -dy / 2, (pixels.shape[1] - 0.5) * dy)
-    low, high = WINDOW_HU
     axes.imshow(
         pixels.T,
         cmap="gray",
-        vmin=low,
-        vmax=high,
+        vmin=window[0],
+        vmax=window[1],
         origin="lower",
         extent=extent,
         interpolation="bicubic",

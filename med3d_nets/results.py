@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ import med3d_nets
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing
-from med3d_nets.preview import render_preview
+from med3d_nets.preview import WINDOW_HU, render_preview
 from med3d_nets.weights import file_sha256
 
 _SIDES = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior", "S": "superior"}
@@ -44,24 +45,26 @@ class SegmentationWriter:
     Args:
         output_dir: folder for the files, made when the first case starts.
         labels: name of each label value, for example ``{"1": "left lung", "2": "right lung"}``.
-        hu_window: HU that are 0 and 1 in ``image``, for the picture.
+        hu_window: HU that are 0 and 1 in ``image``, for the picture; None where it is not scaled HU.
         weights: file of the network's weights, whose hash goes into the JSON.
         bundle: name and version of the bundle, for the JSON.
-        volume_range_ml: plausible volume of all labels together in mL; outside there is a warning.
+        volume_range_ml: plausible volume of all labels together in mL; outside there is a warning. None: any is.
         max_spacing_mm: largest voxel size without a warning.
         suffix: of the files' names.
+        extra: what else the JSON tells.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
         labels: Mapping[str, str],
-        hu_window: Sequence[float],
+        hu_window: Sequence[float] | None,
         weights: str | Path,
         bundle: Mapping[str, str],
-        volume_range_ml: Sequence[float] = (500.0, 10_000.0),
+        volume_range_ml: Sequence[float] | None = (500.0, 10_000.0),
         max_spacing_mm: float = 5.0,
         suffix: str = "seg",
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir).expanduser()
         self.labels = {int(value): name for value, name in labels.items()}
@@ -71,6 +74,7 @@ class SegmentationWriter:
         self.volume_range_ml = volume_range_ml
         self.max_spacing_mm = max_spacing_mm
         self.suffix = suffix
+        self.extra = dict(extra or {})
         self._sha256 = ""
 
     def attach(self, engine: Engine) -> None:
@@ -91,6 +95,7 @@ class SegmentationWriter:
             "image": str(image.meta.get("filename_or_obj", "")),
             "mask": self._path(case, ".nii.gz").name,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **self.extra,
             **measures,
             **self._origin(),
         }
@@ -137,7 +142,7 @@ class SegmentationWriter:
 
     def _picture(self, image: MetaTensor, nifti: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
         """The mask as written, brought onto the image's grid by the affines: a wrong place would show."""
-        low, high = self.hu_window
+        low, high = self.hu_window or (0.0, 1.0)
         affine = image.affine.numpy()
         ahead = nib.Nifti1Image(np.asarray(nifti.dataobj) + np.uint8(1), nifti.affine)  # 0 is beyond the input
         moved = resample_from_to(ahead, (image.shape[1:], affine), order=0, mode="grid-constant")
@@ -151,6 +156,7 @@ class SegmentationWriter:
             dict(zip(self.labels, volumes, strict=True)),
             f"{case}: {measures['total_volume_ml']:,.0f} mL",
             measures["warnings"],
+            None if self.hu_window is None else WINDOW_HU,
         )
 
     def _write(self, case: str, contents: Mapping[str, nib.Nifti1Image | bytes]) -> None:
@@ -178,7 +184,7 @@ def measure(
     mask: NDArray[np.uint8],
     affine: NDArray[np.float64],
     labels: Mapping[int, str],
-    volume_range_ml: Sequence[float] = (500.0, 10_000.0),
+    volume_range_ml: Sequence[float] | None = (500.0, 10_000.0),
     max_spacing_mm: float = 5.0,
 ) -> dict[str, Any]:
     """Measure a mask, and tell what should make its user careful.
@@ -187,7 +193,7 @@ def measure(
         mask: label values, shape (X, Y, Z).
         affine: from voxel index to mm in RAS, 4 × 4.
         labels: name of each label value; "left …" and "right …" are taken for a pair.
-        volume_range_ml: plausible volume of all labels together.
+        volume_range_ml: plausible volume of all labels together; None: any is.
         max_spacing_mm: largest voxel size without a warning.
 
     Returns:
@@ -203,8 +209,8 @@ def measure(
     warnings = [f"no voxel of {name} found" for name, count in voxels.items() if not count]
     warnings += _border_warnings(profiles, affine)
     warnings += _side_warnings(profiles, affine)
-    if not volume_range_ml[0] <= total <= volume_range_ml[1]:
-        low, high = volume_range_ml
+    low, high = volume_range_ml or (0.0, math.inf)
+    if not low <= total <= high:
         warnings.append(f"the total volume of {total:,.0f} mL is implausible (usual are {low:,.0f} to {high:,.0f} mL)")
     if spacing.max() > max_spacing_mm + 1e-3:
         warnings.append(f"slices {spacing.max():.1f} mm apart: borders are uncertain above {max_spacing_mm:g} mm")

@@ -70,20 +70,32 @@ class CheckLabeld(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         """Return the data unchanged, or raise InputError."""
-        image = data[self.image_key]
         for key in self.key_iterator(dict(data)):
-            label = data[key]
-            name = label.meta.get("filename_or_obj", key)  # type: ignore[attr-defined]
-            same = np.allclose(label.affine, image.affine, atol=1e-2)  # type: ignore[attr-defined]
-            if label.shape[1:] != image.shape[1:] or not same:
-                raise InputError(
-                    f"{name}: the label's grid differs from its image's: shape {tuple(label.shape[1:])} and "
-                    f"{tuple(image.shape[1:])}, affines {'equal' if same else 'different'}. Resample it to the image."
-                )
-            values = torch.unique(label)
-            if bool(((values < 0) | (values >= self.num_classes) | (values != values.round())).any()):
-                raise InputError(
-                    f"{name}: label values {values.tolist()[:10]}; allowed are 0 to {self.num_classes - 1}. "
-                    "Merge or renumber them."
-                )
+            check_label(data[key], data[self.image_key], set(range(self.num_classes)))
         return dict(data)
+
+
+def check_label(label: torch.Tensor, image: torch.Tensor, allowed: set[int]) -> None:
+    """Refuse a label volume that does not belong to its image or holds other values than the allowed ones.
+
+    Args:
+        label: label values, a MetaTensor (1, X, Y, Z).
+        image: its image, a MetaTensor of the same grid.
+        allowed: label values.
+
+    Raises:
+        InputError: the grids differ, or there are other values.
+    """
+    name = label.meta.get("filename_or_obj", "label")  # type: ignore[attr-defined]
+    same = np.allclose(label.affine, image.affine, atol=1e-2)  # type: ignore[attr-defined]
+    if label.shape[1:] != image.shape[1:] or not same:
+        raise InputError(
+            f"{name}: the label's grid differs from its image's: shape {tuple(label.shape[1:])} and "
+            f"{tuple(image.shape[1:])}, affines {'equal' if same else 'different'}. Resample it to the image."
+        )
+    values = torch.unique(label).tolist()
+    if not allowed.issuperset(values):
+        ordered = sorted(allowed)
+        run = ordered == list(range(len(ordered)))
+        words = f"0 to {ordered[-1]}" if run else ", ".join(map(str, ordered))
+        raise InputError(f"{name}: label values {values[:10]}; allowed are {words}. Merge or renumber them.")

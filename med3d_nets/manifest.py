@@ -1,0 +1,213 @@
+"""The domains of a co-training: a manifest of Decathlon-style folders.
+
+    {"domains": [{"name": "liver_ct", "path": "Task03_Liver", "modality": "CT",
+                  "classes": {"liver": [1, 2]}, "hold_out": 0.2}]}
+
+Keys of a domain beside ``name`` and ``path``, its folder:
+
+``modality``         for the record; taken from ``dataset.json`` where it is left out.
+``classes``          name and label value of each class, several values to merge them; by default all labels of
+                     ``dataset.json``.
+``background``       values that become background.
+``ignore``           values of which nothing is learnt, neither class nor background.
+``weight``           factor of the domain's share of the batches, 1 by default.
+``hold_out``         patients that are never trained on: a share (0.2) or a list of names; none by default.
+``patient_pattern``  regular expression whose first group is the patient in a file's name; each case by default.
+``allow_empty``      true where a case without any class is no fault.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from med3d_nets.datalist import Case, read_datalist, split_by_patient
+from med3d_nets.errors import InputError
+
+_KEYS = {
+    *("name", "path", "modality", "classes", "background", "ignore", "weight", "hold_out", "patient_pattern"),
+    "allow_empty",
+}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain of a manifest, with its cases.
+
+    Attributes:
+        name: of the domain and of its branch.
+        folder: Decathlon-style folder.
+        modality: for example ``CT``.
+        classes: label values of each class by its name, in the order of the class indices 1, 2, …
+        background: label values beside 0 that are background.
+        ignore: label values of which nothing is learnt.
+        weight: factor of the domain's share of the batches.
+        hold_out: share or names of the patients that are never trained on.
+        allow_empty: a case without any class is no fault.
+        cases: cases of the folder's ``training`` list, as ``read_datalist`` gives them.
+    """
+
+    name: str
+    folder: Path
+    modality: str
+    classes: Mapping[str, tuple[int, ...]]
+    background: tuple[int, ...] = ()
+    ignore: tuple[int, ...] = ()
+    weight: float = 1.0
+    hold_out: float | tuple[str, ...] = 0.0
+    allow_empty: bool = False
+    cases: tuple[Case, ...] = field(default=(), repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.classes) + 1
+
+    def training_cases(self) -> list[Case]:
+        """Cases of the patients that are not held out."""
+        return self._parts()[0]
+
+    def held_out_cases(self) -> list[Case]:
+        """Cases of the patients that are never trained on."""
+        return self._parts()[1]
+
+    def _parts(self) -> tuple[list[Case], list[Case]]:
+        if isinstance(self.hold_out, tuple):
+            return split_by_patient(self.cases, 0.0, val_patients=self.hold_out)
+        return split_by_patient(self.cases, self.hold_out)
+
+
+def read_manifest(path: str | Path, root: str | Path = "", leave_out: str = "") -> list[Domain]:
+    """Read a manifest and the ``dataset.json`` of each of its folders.
+
+    Args:
+        path: the manifest, JSON.
+        root: folder where relative paths in it start; the manifest's own by default.
+        leave_out: name of a domain that is not to be trained on, or several with commas between them.
+
+    Returns:
+        The domains in the manifest's order.
+
+    Raises:
+        InputError: lists every fault: keys, names that come twice, folders without ``dataset.json``, fewer than two
+            cases, label values of which it is not told what they are.
+    """
+    path = Path(path)
+    entries = _entries(path)
+    names = [str(entry.get("name", "")) for entry in entries]
+    faults = [f"the name {name!r} is given {n} times" for name, n in Counter(names).items() if n > 1]
+    domains = []
+    for entry in entries:
+        try:
+            domains.append(_domain(Path(root) if root else path.parent, entry))
+        except InputError as error:
+            faults.append(str(error))
+    out = {name.strip() for name in leave_out.split(",") if name.strip()}
+    faults += [f"leave_out names {name!r}, which is no domain of it" for name in sorted(out - set(names))]
+    if faults:
+        raise InputError(f"{path}: mend these before a training can start:\n" + "\n".join(f"  {f}" for f in faults))
+    kept = [domain for domain in domains if domain.name not in out]
+    if not kept:
+        raise InputError(f"{path}: leave_out={leave_out!r} leaves no domain.")
+    return kept
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such manifest. Write one as docs/co-training.md shows, or let tools.decathlon do it."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}). Mend or write it anew.") from error
+    entries = content.get("domains") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f'{path}: needed is {{"domains": [{{"name": …, "path": …}}, …]}} with at least one domain.')
+    return entries
+
+
+def _domain(root: Path, entry: dict[str, Any]) -> Domain:
+    name = entry.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise InputError(f"domain {name!r}: a name starts with a letter and has letters, digits, _ and - alone.")
+    unknown = sorted(set(entry) - _KEYS)
+    if unknown:
+        raise InputError(f"domain {name}: unknown keys {', '.join(unknown)}; allowed are {', '.join(sorted(_KEYS))}.")
+    folder = root / str(entry.get("path", name))
+    cases = read_datalist(folder, "training", str(entry.get("patient_pattern", "")))
+    if len(cases) < 2:
+        raise InputError(f"domain {name}: {folder} has one case; at least 2 are needed. Add cases or leave it out.")
+    index = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    meaning = _label_values(name, folder, entry, index)
+    weight, hold_out = entry.get("weight", 1.0), entry.get("hold_out", 0.0)
+    if not isinstance(weight, int | float) or not weight > 0:
+        raise InputError(f"domain {name}: weight={weight!r}; needed is a number above 0. To drop a domain: leave_out.")
+    if not isinstance(hold_out, int | float | list):
+        raise InputError(f"domain {name}: hold_out={hold_out!r}; needed is a share such as 0.2, or a list of patients.")
+    domain = Domain(
+        name,
+        folder,
+        str(entry.get("modality") or "/".join(map(str, (index.get("modality") or {}).values())) or "unknown"),
+        *meaning,
+        float(weight),
+        tuple(map(str, hold_out)) if isinstance(hold_out, list) else float(hold_out),
+        bool(entry.get("allow_empty", False)),
+        tuple(cases),
+    )
+    domain.training_cases()  # raises where the patients held out do not exist
+    return domain
+
+
+Values = tuple[int, ...]
+
+
+def _label_values(
+    name: str, folder: Path, entry: Mapping[str, Any], index: Mapping[str, Any]
+) -> tuple[dict[str, Values], Values, Values]:
+    """Classes, background and ignored values of a domain."""
+    declared = {int(value): str(label) for value, label in (index.get("labels") or {}).items() if int(value)}
+    background, ignore = _values(entry.get("background", ())), _values(entry.get("ignore", ()))
+    left = {label: value for value, label in declared.items() if value not in (*background, *ignore)}
+    given = entry.get("classes") or left
+    if not isinstance(given, dict):
+        raise InputError(f'domain {name}: classes={given!r}; needed are names with label values, {{"liver": [1, 2]}}.')
+    classes = {str(label): _values(values) for label, values in given.items()}
+    _check_values(name, folder, declared, classes, background, ignore)
+    return classes, background, ignore
+
+
+def _values(values: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in (values if isinstance(values, list | tuple) else [values]))
+    except (TypeError, ValueError):
+        raise InputError(f"label values {values!r}: needed is an integer or a list of integers.") from None
+
+
+def _check_values(
+    name: str,
+    folder: Path,
+    declared: Mapping[int, str],
+    classes: Mapping[str, tuple[int, ...]],
+    background: tuple[int, ...],
+    ignore: tuple[int, ...],
+) -> None:
+    """Every label value has one meaning."""
+    if not classes:
+        raise InputError(f"domain {name}: no class, neither in the manifest nor as labels in {folder}/dataset.json.")
+    used = [value for values in (*classes.values(), background, ignore) for value in values]
+    twice = sorted(value for value, count in Counter(used).items() if count > 1)
+    if twice or 0 in [value for values in classes.values() for value in values]:
+        wrong = f"the values {twice} have more than one meaning" if twice else "0 is background and no class"
+        raise InputError(f"domain {name}: {wrong}. Name each label value once.")
+    unnamed = [f"{value} ({declared[value]})" for value in sorted(set(declared) - set(used))]
+    if unnamed:
+        raise InputError(
+            f"domain {name}: the label {', '.join(unnamed)} of {folder}/dataset.json is in none of classes, background "
+            "and ignore. Name it in one of them; ignore leaves it out of the training."
+        )
