@@ -184,5 +184,21 @@ SOURCES = (
     Source(
         "chest CT from the Cancer Imaging Archive", entry=r"cancer imaging archive|tcia", case=r"chest_dicom", own=True
     ),
+    Source("DeepReg test data", entry=r"deepreg", case=r"case(\d{6})", names=r"\bdeepreg\b"),
+    Source(
+        "LIDC-IDRI",
+        entry=r"lidc",
+        case=r"lidc-idri-(\d{4})(?:_r_\d+)?",
+        names=r"\blidc\b|\blung image database consortium\b",
+        related=r"\bluna ?16\b",
+        own=True,
+    ),
+    Source("open_ms_data", entry=r"open_ms_data", case=r"patient(\d\d)|p(\d\d)", names=r"\bopen ms data\b"),
+    Source(
+        "spinalcordtoolbox test data",
+        entry=r"spinalcordtoolbox",
+        case=r"sct_(?:t1w|t2)",
+        names=r"\bspinal ?cord ?toolbox\b|\bsct testing data\b",
+    ),
     Source("synthetic CT of tools.phantom", entry=r"phantom|synthetic", case=r"phantom_(\d{3})", own=True),
 )
