@@ -12,7 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from med3d_nets.resnet import Med3DResNet
+from med3d_nets.resnet import Med3DResNet, freeze_stages, stages
 
 
 class ClassificationNet(nn.Module):
@@ -32,6 +32,7 @@ class ClassificationNet(nn.Module):
             statistics, whatever ``train()`` is called with.
         freeze_norm: the backbone's batch norms keep their running statistics while the rest is trained (the
             authors' advice for small data).
+        frozen_stages: the first stages of the backbone, 0 to 5, are not trained; see ``freeze_stages``.
 
     Raises:
         ValueError: an argument is not one of the above.
@@ -51,6 +52,7 @@ class ClassificationNet(nn.Module):
         output_stride: int = 8,
         freeze_backbone: bool = False,
         freeze_norm: bool = False,
+        frozen_stages: int = 0,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -59,10 +61,8 @@ class ClassificationNet(nn.Module):
         self.stride = self.backbone.feature_strides[-1]
         channels = self.backbone.feature_channels[-1]
         self.head = nn.Sequential(Standardise(channels), nn.Dropout(dropout), nn.Linear(channels, num_classes))
-        self.freeze_backbone = freeze_backbone
+        self.frozen_stages = 5 if freeze_backbone else frozen_stages
         self.freeze_norm = freeze_norm
-        if freeze_backbone:
-            self.backbone.requires_grad_(False)
         self.train()
 
     def forward(self, x: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,9 +81,8 @@ class ClassificationNet(nn.Module):
     def train(self, mode: bool = True) -> ClassificationNet:
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()
-        elif self.freeze_norm:
+        freeze_stages(self.backbone, self.frozen_stages)
+        if self.freeze_norm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
@@ -190,9 +189,8 @@ def parameter_groups(
     """
     net: Any = _bare(network)
     backbone = net.backbone
-    parts = [[backbone.conv1, backbone.bn1], *([getattr(backbone, f"layer{i}")] for i in (1, 2, 3, 4))]
     rated = [([net.head], learning_rate * new_layer_lr_factor)]
-    rated += [(part, learning_rate * layer_lr_decay**age) for age, part in enumerate(reversed(parts))]
+    rated += [(part, learning_rate * layer_lr_decay**age) for age, part in enumerate(reversed(stages(backbone)))]
     groups = [
         {"params": [p for module in modules for p in module.parameters() if p.requires_grad], "lr": rate}
         for modules, rate in rated

@@ -31,8 +31,8 @@ def split_domains(
 
     Args:
         domains: as ``read_manifest`` gives them.
-        val_fraction: share of each domain's patients for validation; the same seed takes the same patients of
-            domains that share them.
+        val_fraction: share of each domain's patients for validation, where the manifest does not name them; the same
+            seed takes the same patients of domains that share them.
         seed: of the choice.
         min_patients: domains of fewer patients have no validation (project choice).
 
@@ -44,7 +44,7 @@ def split_domains(
     for domain in domains:
         cases = domain.training_cases()
         few = len({case["patient"] for case in cases}) < min_patients
-        parts = split_by_patient(cases, 0.0 if few else val_fraction, seed)
+        parts = split_by_patient(cases, 0.0 if few else val_fraction, seed, domain.val_patients)
         for whole, part in zip((train, val), parts, strict=True):
             whole += [{**case, "domain": domain.name} for case in part]
     return train, val

@@ -12,6 +12,7 @@ Keys of a domain beside ``name`` and ``path``, its folder:
 ``ignore``           values of which nothing is learnt, neither class nor background.
 ``weight``           factor of the domain's share of the batches, 1 by default.
 ``hold_out``         patients that are never trained on: a share (0.2) or a list of names; none by default.
+``val_patients``     names of the patients for validation; drawn from the rest by default.
 ``patient_pattern``  regular expression whose first group is the patient in a file's name; each case by default.
 ``allow_empty``      true where a case without any class is no fault.
 """
@@ -30,8 +31,8 @@ from med3d_nets.datalist import Case, read_datalist, split_by_patient
 from med3d_nets.errors import InputError
 
 _KEYS = {
-    *("name", "path", "modality", "classes", "background", "ignore", "weight", "hold_out", "patient_pattern"),
-    "allow_empty",
+    *("name", "path", "modality", "classes", "background", "ignore", "weight", "hold_out", "val_patients"),
+    *("patient_pattern", "allow_empty"),
 }
 
 
@@ -48,6 +49,8 @@ class Domain:
         ignore: label values of which nothing is learnt.
         weight: factor of the domain's share of the batches.
         hold_out: share or names of the patients that are never trained on.
+        val_patients: names of the patients for validation; empty: they are drawn.
+        patient_pattern: of the patient in a file's name.
         allow_empty: a case without any class is no fault.
         cases: cases of the folder's ``training`` list, as ``read_datalist`` gives them.
     """
@@ -60,6 +63,8 @@ class Domain:
     ignore: tuple[int, ...] = ()
     weight: float = 1.0
     hold_out: float | tuple[str, ...] = 0.0
+    val_patients: tuple[str, ...] = ()
+    patient_pattern: str = ""
     allow_empty: bool = False
     cases: tuple[Case, ...] = field(default=(), repr=False)
 
@@ -157,6 +162,8 @@ def _domain(root: Path, entry: dict[str, Any]) -> Domain:
         *meaning,
         float(weight),
         tuple(map(str, hold_out)) if isinstance(hold_out, list) else float(hold_out),
+        tuple(map(str, entry.get("val_patients", ()))),
+        str(entry.get("patient_pattern", "")),
         bool(entry.get("allow_empty", False)),
         tuple(cases),
     )

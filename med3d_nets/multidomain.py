@@ -18,7 +18,7 @@ from torch import nn
 
 from med3d_nets.errors import InputError
 from med3d_nets.heads import HEADS, upsample
-from med3d_nets.resnet import Med3DResNet
+from med3d_nets.resnet import Med3DResNet, freeze_stages
 
 UNKNOWN = 255
 """Label of voxels of which nothing is known: beyond the volume, or of a class that the manifest says to ignore."""
@@ -120,6 +120,10 @@ class CoTraining(nn.Module):
 
     Args:
         network: the network to train, as ``.network``.
+        frozen_stages: the first stages of the encoder, 0 to 5, are not trained; see ``freeze_stages``.
+
+    Raises:
+        ValueError: frozen_stages is not 0 to 5.
 
     Attributes:
         freeze_norm: batch norms keep their running statistics, whatever ``train()`` is called with. A batch of one
@@ -127,14 +131,17 @@ class CoTraining(nn.Module):
             for the last part of the training).
     """
 
-    def __init__(self, network: MultiDomainNet) -> None:
+    def __init__(self, network: MultiDomainNet, frozen_stages: int = 0) -> None:
         super().__init__()
         self.network = network
+        self.frozen_stages = int(frozen_stages)
         self.freeze_norm = False
+        freeze_stages(network.backbone, self.frozen_stages)
 
     def train(self, mode: bool = True) -> CoTraining:
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
+        freeze_stages(self.network.backbone, self.frozen_stages)
         if self.freeze_norm:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

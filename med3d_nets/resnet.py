@@ -92,6 +92,31 @@ class Med3DResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
 
+def stages(backbone: Med3DResNet) -> list[list[nn.Module]]:
+    """List the modules of the five stages: stem, layer1, layer2, layer3, layer4."""
+    return [[backbone.conv1, backbone.bn1], [backbone.layer1], [backbone.layer2], [backbone.layer3], [backbone.layer4]]
+
+
+def freeze_stages(backbone: Med3DResNet, count: int) -> None:
+    """Take the first stages out of training: no gradient, and batch norms that keep their running statistics.
+
+    The latter lasts until ``train()`` is called; a network that freezes calls this there again.
+
+    Args:
+        backbone: the encoder.
+        count: number of stages, 0 (none) to 5 (all).
+
+    Raises:
+        ValueError: count is not 0 to 5.
+    """
+    if not 0 <= count <= 5:
+        raise ValueError(f"frozen_stages={count}: allowed are 0 to 5 (stem, layer1, layer2, layer3, layer4).")
+    frozen = [backbone] if count == 5 else [module for stage in stages(backbone)[:count] for module in stage]
+    for module in frozen:
+        module.requires_grad_(False)
+        module.eval()
+
+
 class ShortcutA(nn.Module):
     """Shortcut without parameters: subsample by the stride, append zero channels (He 2015, option A).
 

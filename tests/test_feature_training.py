@@ -155,7 +155,7 @@ def test_a_damaged_record(content: str, words: str, tmp_path: Path) -> None:
 def test_fine_tuning_changes_the_encoder(freeze_norm: bool, probe: Probe, folder: Path) -> None:
     """Its norm statistics only where they are not frozen, and every weight otherwise."""
     options = {"freeze_backbone": "false", "freeze_norm": freeze_norm, "norm_batches": 1, "max_epochs": 1}
-    train(probe.data, folder, probe.encoder, **options, samples_per_epoch=4, val_fraction=0, val_patients=[])
+    train(probe.data, folder, probe.encoder, **options, samples_per_epoch=16, val_fraction=0, val_patients=[])
     before = encoder_of(probe.encoder)
     statistics = {key for key in before if "running" in key or "num_batches" in key}
     expected = set(before) - statistics if freeze_norm else set(before)

@@ -74,9 +74,25 @@ def test_verdict(case: str, tmp_path: Path) -> None:
 def test_every_training_dataset_is_recognised() -> None:
     for entry in THREE_D_SEG_8:
         assert sum(source.is_meant(entry) for source in SOURCES) == 1, entry
-    for entry in WEIGHTS["lung_ct_segmentation_resnet10"].datasets:
-        assert any(source.is_meant(entry) for source in SOURCES), entry
+    for name in ("lung_ct_segmentation_resnet10", "med3d_real8_resnet10"):
+        for entry in WEIGHTS[name].datasets:
+            assert any(source.is_meant(entry) for source in SOURCES), entry
     assert all(record.datasets for record in WEIGHTS.values())
+
+
+@pytest.mark.parametrize(
+    ("cases", "texts", "verdict"),
+    [
+        (["LIDC-IDRI-0003_R_2"], {}, "seen"),
+        (["a"], {"name": "LUNA16"}, "possible"),
+        (["case000003"], {"description": "prostate MRI of DeepReg"}, "seen"),
+        (["case000003"], {}, "possible"),
+        (["hippocampus_001"], {"name": "hippocampus"}, "seen"),
+        (["knee_1"], {}, "no sign"),
+    ],
+)
+def test_verdict_of_the_co_training(cases: list[str], texts: dict[str, str], verdict: str, tmp_path: Path) -> None:
+    assert overlap("med3d_real8_resnet10", _dataset(tmp_path / "x", cases, **texts)).verdict == verdict
 
 
 def test_cases_and_sections(tmp_path: Path) -> None:

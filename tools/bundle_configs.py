@@ -20,7 +20,7 @@ _PROPERTIES: dict[str, dict[str, Any]] = {
     "train": TrainProperties,
 }
 _TASKS = ("_segmentation", "_classification", "_detection")
-_NOT_COMPARED = {"freeze_backbone", "freeze_norm", "dropout", "_requires_"}
+_NOT_COMPARED = {"freeze_backbone", "freeze_norm", "frozen_stages", "dropout", "_requires_"}
 _RUN_KEYS = {"imports", "initialize", "run", "finalize"}
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")
 _PACKAGE_IMPORT = "$import med3d_nets"

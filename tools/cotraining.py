@@ -14,8 +14,6 @@ import csv
 import io
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ import fire
 from med3d_nets import read_manifest, sampling_weights, split_domains
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
+from tools.bundle_run import ROOT, commit, run_bundle
 
-ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "med3d_multidomain_segmentation_resnet10"
 MANIFEST = ROOT / "tools" / "manifests" / "real8.json"
 CSV = ROOT / "docs" / "results" / "cotraining_real8.csv"
@@ -52,7 +50,7 @@ def train(data: str, out: str, manifest: str = str(MANIFEST), epochs: int = EPOC
     domains = read_manifest(manifest, data)
     names = [domain.name for domain in domains]
     shares = sampling_weights(split_domains(domains, 0.1)[0], domains, TEMPERATURE)
-    _train(Path(out) / "joint", data, manifest, epochs, batches_per_epoch=batches)
+    pretrain(data, out, manifest, epochs, batches)
     for domain in domains:
         if domain.held_out_cases():
             others = ",".join(name for name in names if name != domain.name)
@@ -120,14 +118,46 @@ def table(path: str = str(CSV)) -> str:
     return "\n".join(lines)
 
 
+def pretrain(
+    data: str,
+    out: str,
+    manifest: str = str(MANIFEST),
+    epochs: int = EPOCHS,
+    batches: int = BATCHES,
+    leave_out: str = "",
+) -> str:
+    """Train the joint network, with or without some domains; what is finished is taken, what is begun goes on.
+
+    Args:
+        data: folder where the manifest's paths start.
+        out: folder of the runs.
+        manifest: the domains.
+        epochs: of the training.
+        batches: of an epoch.
+        leave_out: domains that are not trained on, with commas between them.
+
+    Returns:
+        Path of its weights, whose encoder other networks can start from.
+
+    Raises:
+        InputError: a faulty manifest, or a training that failed.
+    """
+    folder = Path(out) / (f"without_{leave_out.replace(',', '_')}" if leave_out else "joint")
+    _train(folder, data, manifest, epochs, batches_per_epoch=batches, leave_out=leave_out)
+    return str(folder / "model_last.pt")
+
+
 def _train(folder: Path, data: str, manifest: str, epochs: int, **options: Any) -> None:
     if (folder / "checkpoints" / f"checkpoint_epoch={epochs}.pt").is_file():
         print(f"{folder}: done")
         return
     begun = any((folder / "checkpoints").glob("checkpoint_epoch=*.pt"))
     print(f"{folder}: {'goes on' if begun else 'begins'}, log in {folder}.log", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"batches": options["batches_per_epoch"] * epochs, "commit": commit()}
+    (folder / "made.json").write_text(json.dumps(made))
     options = {"max_epochs": epochs, "resume": str(begun).lower(), **SETTINGS, **options}
-    _run("train", folder, f"{folder}.log", {"dataset_dir": data, "manifest": manifest, **options})
+    run_bundle(BUNDLE, "train", folder, {"dataset_dir": data, "manifest": manifest, **options})
 
 
 def _score(run: Path, data: str, manifest: str, domain: str) -> list[dict[str, Any]]:
@@ -136,7 +166,7 @@ def _score(run: Path, data: str, manifest: str, domain: str) -> list[dict[str, A
         raise InputError(f"{weights}: no such weights. Finish the training first: python -m tools.cotraining train.")
     folder = run / f"scores_{domain}"
     options = {"dataset_dir": data, "manifest": manifest, "domain": domain, "weights": str(weights)}
-    _run("evaluate", folder, f"{folder}.log", options)
+    run_bundle(BUNDLE, "evaluate", folder, options)
     scores = json.loads((folder / "scores.json").read_text())
     made = json.loads((run / "made.json").read_text())
     return [
@@ -153,27 +183,6 @@ def _score(run: Path, data: str, manifest: str, domain: str) -> list[dict[str, A
         }
         for name, one in scores["summary"].items()
     ]
-
-
-def _run(config: str, folder: Path, log: str, options: dict[str, Any]) -> None:
-    """Run a config of the bundle as a user does; its output goes into a log."""
-    command = [sys.executable, "-m", "monai.bundle", "run"]
-    files = {"config_file": BUNDLE / "configs" / f"{config}.json", "logging_file": BUNDLE / "configs" / "logging.conf"}
-    options = {**files, "bundle_root": BUNDLE, "output_dir": folder, **options}
-    command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    folder.mkdir(parents=True, exist_ok=True)
-    if config == "train":
-        made = {"batches": options["batches_per_epoch"] * options["max_epochs"], "commit": _commit()}
-        (folder / "made.json").write_text(json.dumps(made))
-    with open(log, "a", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise InputError(f"{folder}: the {config} run failed; its log is {log}.")
-
-
-def _commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""The transfer benchmark: what a pretrained encoder is worth at little data, against the same network from scratch.
+
+    python -m tools.transfer run --data DATA --out RUNS [--targets …] [--fractions …] [--arms …] [--modes …]
+    python -m tools.transfer table
+    python -m tools.transfer plot
+
+Targets are the domains of the manifest (segmentation) and `malignancy` (benign or malign nodules of nodule_ct and its
+metadata.csv). Arms are `scratch`, `med3d_real8`, and names or paths of encoders. When a target is one of the eight
+domains, `med3d_real8` is pre-trained anew without it. The learning rate of each arm and mode is tuned on the validation
+split at one fraction; the held-out patients of the manifest are scored once. What is in the CSV is not run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from med3d_nets.errors import InputError, clear_errors
+from med3d_nets.files import replacing
+from tools import transfer_report
+from tools.bundle_run import commit, machine
+from tools.cotraining import MANIFEST, pretrain
+from tools.transfer_tasks import Budget, Outcome, Task, task_of
+
+CSV = transfer_report.CSV
+FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+MODES = {"frozen": 5, "partial": 3, "full": 0}  # stages of the encoder that are not trained
+RATES = (3e-4, 1e-3, 3e-3)
+TUNED_AT = 0.1  # fraction of the data
+OWN = "med3d_real8"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the benchmark; its fields are the first columns of the CSV."""
+
+    target: str
+    arm: str
+    mode: str
+    fraction: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.target}-{Path(self.arm).stem}-{self.mode}-{self.fraction:g}-{self.seed}"
+
+
+def run(
+    data: str,
+    out: str,
+    targets: str | Sequence[str] = ("malignancy", "hippocampus_mr", "lung_ct"),
+    fractions: float | Sequence[float] = FRACTIONS,
+    arms: str | Sequence[str] = ("scratch", OWN),
+    modes: str | Sequence[str] = ("full", "partial", "frozen"),
+    seeds: int = 3,
+    manifest: str = str(MANIFEST),
+    to: str = str(CSV),
+    **budget: Any,
+) -> None:
+    """Train and score whatever the CSV lacks, a row after each training.
+
+    Args:
+        data: folder where the manifest's paths start.
+        out: folder for pre-trainings and runs; what is finished there is not repeated.
+        targets: domains of the manifest, or ``malignancy``.
+        fractions: shares of the training patients.
+        arms: ``scratch``, ``med3d_real8``, names of the registry or paths of encoders.
+        modes: ``full``, ``partial`` (stem to layer2 are not trained), ``frozen``; scratch is trained in full alone.
+        seeds: number of seeds; each draws its own part of the patients and its own network.
+        manifest: the domains.
+        to: CSV file.
+        budget: fields of ``Budget``, the same for all arms.
+
+    Raises:
+        InputError: an unknown target, mode or arm, or a training that failed.
+    """
+    wanted = list(_plan(_listed(targets), _listed(arms), _listed(modes), _listed(fractions), seeds))
+    limits = Budget(**budget)
+    done = {_key(row) for row in read(to)}
+    for one in wanted:
+        if _key(vars(one)) in done:
+            continue
+        task = task_of(one.target, data, manifest, Path(out), limits)
+        encoder = _encoder(one, task, data, manifest, out)
+        rate = _tuned_rate(one, task, encoder, Path(out))
+        print(f"{one.name}: learning rate {rate:g}", flush=True)
+        outcome = task.train_and_score(one.name, encoder, MODES[one.mode], one.fraction, one.seed, rate)
+        _append(to, {**vars(one), **_row(outcome, rate, limits)})
+    print(transfer_report.table(to))
+
+
+def read(path: str | Path) -> list[dict[str, str]]:
+    """Rows of the CSV; none where it is not there yet."""
+    if not Path(path).is_file():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _plan(
+    targets: Sequence[str], arms: Sequence[str], modes: Sequence[str], fractions: Sequence[float], seeds: int
+) -> Iterator[Run]:
+    """Runs in an order in which an interrupted benchmark is already a comparison: seed by seed, all arms."""
+    unknown = sorted(set(modes) - set(MODES))
+    if unknown:
+        raise InputError(f"modes {unknown}: allowed are {', '.join(MODES)}.")
+    if any(not 0 < float(fraction) <= 1 for fraction in fractions):
+        raise InputError(f"fractions {list(fractions)}: allowed is above 0 to 1.")
+    for target, seed, fraction, mode, arm in itertools.product(targets, range(seeds), fractions, modes, arms):
+        if arm != "scratch" or mode == "full":
+            yield Run(target, arm, mode, float(fraction), seed)
+
+
+def _encoder(one: Run, task: Task, data: str, manifest: str, out: str) -> str:
+    """Name or path of the arm's encoder, empty for scratch; the project's own never saw the target."""
+    if one.arm == "scratch":
+        return ""
+    return pretrain(data, out, manifest, leave_out=task.domain) if one.arm == OWN else one.arm
+
+
+def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
+    """The best learning rate of the arm and mode by validation, at one fraction and a seed that no run has."""
+    path = out / "tuning.csv"
+    own = [row for row in read(path) if [row[k] for k in ("target", "arm", "mode")] == [one.target, one.arm, one.mode]]
+    for rate in RATES:
+        if not any(float(row["learning_rate"]) == rate for row in own):
+            name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}"
+            score = task.train(name, encoder, MODES[one.mode], TUNED_AT, 1000, rate)
+            row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "validation": score}
+            _append(path, row)
+            own.append({key: str(value) for key, value in row.items()})
+    return float(max(own, key=lambda row: float(row["validation"]))["learning_rate"])
+
+
+def _row(outcome: Outcome, rate: float, limits: Budget) -> dict[str, Any]:
+    budget = f"{limits.epochs} epochs of {limits.batches} batches of {limits.batch_size}"
+    return {**vars(outcome), "learning_rate": rate, "budget": budget, "commit": commit(), "machine": machine()}
+
+
+def _append(path: str | Path, row: dict[str, Any]) -> None:
+    rows = [
+        *read(path),
+        {key: f"{value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()},
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as hidden:
+        hidden.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return (*(str(row[name]) for name in ("target", "arm", "mode")), f"{float(row['fraction']):g}", str(row["seed"]))
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value, several, or text with commas, as fire gives them."""
+    if isinstance(value, str):
+        return [part for part in value.split(",") if part]
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+if __name__ == "__main__":
+    clear_errors()
+    fire.Fire({"run": run, "table": transfer_report.table, "plot": transfer_report.plot})

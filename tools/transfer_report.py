@@ -1,0 +1,116 @@
+"""Table and figures of the transfer benchmark, from its CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from med3d_nets.errors import InputError
+from med3d_nets.files import replacing
+from tools.bundle_run import ROOT
+
+CSV = ROOT / "docs" / "results" / "transfer.csv"
+Row = dict[str, str]
+
+
+def table(path: str = str(CSV)) -> str:
+    """Make a Markdown table: each arm and mode against scratch on the same patients and seeds.
+
+    Args:
+        path: CSV of ``transfer run``.
+
+    Returns:
+        Mean score over the seeds, its difference to scratch with the 95 % interval of the paired t distribution over
+        seeds, and the epochs to 95 % of the best validation score.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    rows = read_rows(path)
+    lines = [
+        "| target | data | arm | seeds | score | against scratch (95 % interval) | epochs to 95 % |",
+        "|" + "---|" * 7,
+    ]
+    for target, fraction in sorted({(row["target"], float(row["fraction"])) for row in rows}):
+        here = [row for row in rows if row["target"] == target and float(row["fraction"]) == fraction]
+        scratch = {row["seed"]: row for row in here if row["arm"] == "scratch"}
+        for arm, mode in sorted(
+            {(row["arm"], row["mode"]) for row in here}, key=lambda key: (key[0] != "scratch", key)
+        ):
+            own = [row for row in here if (row["arm"], row["mode"]) == (arm, mode)]
+            score = f"{own[0]['metric']} {_mean(own, 'score'):.3f}"
+            pairs = [(row, scratch[row["seed"]]) for row in own if row["seed"] in scratch]
+            gain = _difference(pairs) if arm != "scratch" else ""
+            epochs = f"{_mean(own, 'epochs_to_95'):.1f}"
+            name = f"{Path(arm).stem}, {mode}" if arm != "scratch" else "scratch"
+            lines.append(f"| {target} | {fraction:.0%} | {name} | {len(own)} | {score} | {gain} | {epochs} |")
+    return "\n".join(lines)
+
+
+def plot(path: str = str(CSV), folder: str = str(CSV.parent)) -> None:
+    """Draw ``transfer_TARGET.png``: score and epochs to 95 % against the share of the data, mean and seeds.
+
+    Args:
+        path: CSV of ``transfer run``.
+        folder: where the figures go.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    rows = read_rows(path)
+    for target in sorted({row["target"] for row in rows}):
+        here = [row for row in rows if row["target"] == target]
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for arm, mode in sorted({(row["arm"], row["mode"]) for row in here}):
+            own = [row for row in here if (row["arm"], row["mode"]) == (arm, mode)]
+            name = "scratch" if arm == "scratch" else f"{Path(arm).stem}, {mode}"
+            for axes, column in ((left, "score"), (right, "epochs_to_95")):
+                shares = sorted({float(row["fraction"]) for row in own})
+                means = [_mean([row for row in own if float(row["fraction"]) == share], column) for share in shares]
+                [line] = axes.plot(np.array(shares) * 100, means, marker="o", label=name)
+                points = [(float(row["fraction"]) * 100, float(row[column])) for row in own]
+                axes.plot(*zip(*points, strict=True), ".", color=line.get_color(), alpha=0.4)
+        for axes, title in ((left, f"{target}: {here[0]['metric']}, held-out patients"), (right, "epochs to 95 %")):
+            axes.set(xscale="log", xlabel="training patients, %", title=title)
+            axes.grid(alpha=0.3)
+        left.legend()
+        with replacing(Path(folder) / f"transfer_{target}.png") as hidden:
+            figure.savefig(hidden, dpi=110, format="png")
+
+
+def read_rows(path: str) -> list[Row]:
+    """Rows of the CSV.
+
+    Raises:
+        InputError: there is no such file, or it is empty.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no results yet. Run python -m tools.transfer run.")
+    with open(path, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise InputError(f"{path}: has no row. Run python -m tools.transfer run.")
+    return rows
+
+
+def _mean(rows: Sequence[Row], column: str) -> float:
+    return statistics.fmean(float(row[column]) for row in rows)
+
+
+def _difference(pairs: Sequence[tuple[Row, Row]]) -> str:
+    gains = [float(one["score"]) - float(other["score"]) for one, other in pairs]
+    if not gains:
+        return "no scratch run"
+    mean = statistics.fmean(gains)
+    if len(gains) < 2:
+        return f"{mean:+.3f} (one seed)"
+    half = stats.t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
