@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Domain:
         return split_by_patient(self.cases, self.hold_out)
 
 
-def read_manifest(path: str | Path, root: str | Path = "", leave_out: str = "") -> list[Domain]:
+def read_manifest(path: str | Path, root: str | Path = "", leave_out: str | Sequence[str] = "") -> list[Domain]:
     """Read a manifest and the ``dataset.json`` of each of its folders.
 
     Args:
@@ -112,13 +112,14 @@ def read_manifest(path: str | Path, root: str | Path = "", leave_out: str = "") 
             domains.append(_domain(Path(root) if root else path.parent, entry))
         except InputError as error:
             faults.append(str(error))
-    out = {name.strip() for name in leave_out.split(",") if name.strip()}
+    # a command line makes a list of what has commas
+    out = {name.strip() for name in (leave_out.split(",") if isinstance(leave_out, str) else leave_out) if name.strip()}
     faults += [f"leave_out names {name!r}, which is no domain of it" for name in sorted(out - set(names))]
     if faults:
         raise InputError(f"{path}: mend these before a training can start:\n" + "\n".join(f"  {f}" for f in faults))
     kept = [domain for domain in domains if domain.name not in out]
     if not kept:
-        raise InputError(f"{path}: leave_out={leave_out!r} leaves no domain.")
+        raise InputError(f"{path}: leave_out leaves no domain.")
     return kept
 
 

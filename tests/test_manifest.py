@@ -83,6 +83,9 @@ def test_classes_are_kept_merged_and_ignored(data: Path) -> None:
 
 def test_a_domain_is_left_out(data: Path) -> None:
     assert [domain.name for domain in read_manifest(data / "manifest.json", leave_out="balls")] == ["boxes"]
+    assert [domain.name for domain in read_manifest(data / "manifest.json", leave_out=["balls"])] == ["boxes"]
+    with pytest.raises(InputError, match="leaves no domain"):
+        read_manifest(data / "manifest.json", leave_out="balls, boxes")
     with pytest.raises(InputError, match="leave_out names 'ball', which is no domain of it"):
         read_manifest(data / "manifest.json", leave_out="ball")
 
