@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from med3d_nets import DomainSampler, load_backbone, read_manifest, sampling_weights, split_domains
 from med3d_nets.domain_data import SeededDataset
 from med3d_nets.resnet import Med3DResNet
-from tests.small_domains import METADATA, config, make_case, small, write_manifest
+from tests.small_domains import BUNDLE, METADATA, ROOT, config, make_case, small, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +263,15 @@ def test_a_few_epochs_find_the_structures(data: Path, tmp_path: Path) -> None:
     workflow = run("train", **small(dataset_dir=str(data), output_dir=str(tmp_path), **budget))
     metrics = workflow.parser.get_parsed_content("validate#evaluator").state.metrics
     assert metrics["dice_balls"] > 0.3 and metrics["dice_boxes"] > 0.2, metrics
+
+
+@pytest.mark.real_data
+def test_the_shipped_weights_on_real_patients(real_data: Path, tmp_path: Path) -> None:
+    """Held-out prostate MRI and the held-out chest CT."""
+    manifest = str(ROOT / "tools" / "manifests" / "real8.json")
+    options: dict[str, Any] = {"bundle_root": str(BUNDLE), "device": "cpu", "dataset_dir": str(real_data)}
+    for domain, least in (("prostate_mr", 0.75), ("lung_ct", 0.85)):
+        out = tmp_path / domain
+        run("evaluate", **options, manifest=manifest, domain=domain, output_dir=str(out))
+        [one] = json.loads((out / "scores.json").read_text())["summary"].values()
+        assert one["dice"]["mean"] > least

@@ -45,12 +45,13 @@ class TestRegistry:
             metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
             assert weight.sha256 == metadata["weights_sha256"]
             assert weight.size == (ROOT / weight.path).stat().st_size
-            assert weight.name == bundle.name and weight.name.endswith(f"resnet{weight.depth}")
+            assert weight.name.endswith(f"resnet{weight.depth}") and bundle.name.endswith(f"resnet{weight.depth}")
             assert verify(ROOT / weight.path, weight.name) is weight
 
-    def test_own_weights_load(self) -> None:
-        record = WEIGHTS[OWN]
-        account = load_backbone(Med3DResNet(record.depth, record.shortcut), OWN)
+    @pytest.mark.parametrize("name", [OWN, "med3d_real8_resnet10"])
+    def test_own_weights_load(self, name: str) -> None:
+        record = WEIGHTS[name]
+        account = load_backbone(Med3DResNet(record.depth, record.shortcut), name)
         assert len(account.loaded) == DEPTHS[record.depth].tensors and account.head
 
     def test_encoders(self) -> None:
