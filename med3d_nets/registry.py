@@ -236,7 +236,7 @@ WEIGHTS: dict[str, Weight] = {
             ),
             note="half precision; co-trained on eight domains, branches fpn of width 32; scores in docs/co-training.md",
             kind="network",
-            data_licence="CC BY-SA 4.0, CC BY 3.0, CC BY, Apache-2.0, MIT, per domain in the bundle's docs/data_license.txt",
+            data_licence="CC BY-SA 4.0, CC BY 3.0, CC BY, Apache-2.0, MIT: by domain in the bundle's data_license.txt",
             path="bundles/med3d_multidomain_segmentation_resnet10/models/model.pt",
         ),
     )
