@@ -165,19 +165,19 @@ class RandPatchd(Randomizable, MapTransform):
         wide = [p + 2 * math.ceil((self.margin - 1) * p / 2) for p in patch]
         for key in self.key_iterator(d):
             is_label = key in self.label_keys
-            region = torch.as_tensor(d[key])
-            region = UNKNOWN - region if is_label else region  # MONAI fills with 0, which then is UNKNOWN
-            region = _region(region, self._centre, wide).float()
+            region = _region(torch.as_tensor(d[key]), self._centre, wide, UNKNOWN if is_label else 0).float()
+            region = UNKNOWN - region if is_label else region  # turning fills with 0, which then is UNKNOWN
             mode = "nearest" if is_label else "bilinear"
             region = torch.as_tensor(self.affine(region, patch, mode, "zeros", randomize=False))
             d[key] = (UNKNOWN - region).to(torch.uint8) if is_label else region
         return d
 
 
-def _region(volume: torch.Tensor, centre: Sequence[int], size: Sequence[int]) -> torch.Tensor:
-    """The box of a size around a voxel, 0 beyond the volume; (1, *size)."""
+def _region(volume: torch.Tensor, centre: Sequence[int], size: Sequence[int], fill: int) -> torch.Tensor:
+    """The box of a size around a voxel, ``fill`` beyond the volume; (1, *size)."""
     starts = [c - n // 2 for c, n in zip(centre, size, strict=True)]
     ends = [start + n for start, n in zip(starts, size, strict=True)]
     inside = tuple(slice(max(0, start), max(0, end)) for start, end in zip(starts, ends, strict=True))
     beyond = [(max(0, -start), max(0, end - n)) for start, end, n in zip(starts, ends, volume.shape[1:], strict=True)]
-    return F.pad(volume[:, inside[0], inside[1], inside[2]], [amount for axis in reversed(beyond) for amount in axis])
+    pad = [amount for axis in reversed(beyond) for amount in axis]
+    return F.pad(volume[:, inside[0], inside[1], inside[2]], pad, value=fill)

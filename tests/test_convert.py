@@ -99,7 +99,8 @@ class TestForms:
 
     def test_training_starts_from_it(self, finetuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """train.json of the lung bundle, with the file's path and with a name that the store knows."""
-        monkeypatch.setattr("med3d_nets.weights.store.resolve", {"resnet_10_23dataset": finetuned}.__getitem__)
+        places = {"resnet_10_23dataset": finetuned, str(finetuned): finetuned}
+        monkeypatch.setattr("med3d_nets.features.resolve", places.__getitem__)
         state = read_state_dict(finetuned)
         for weights in (str(finetuned), "resnet_10_23dataset"):
             net = parse("network", backbone_weights=weights)
