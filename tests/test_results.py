@@ -29,7 +29,7 @@ from monai.transforms import (
 from med3d_nets import results
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvaluator, CaseEvents
-from med3d_nets.preview import render_preview
+from med3d_nets.preview import WINDOW_HU, render_preview
 from med3d_nets.results import SegmentationWriter, measure
 
 LABELS = {"1": "left lung", "2": "right lung"}
@@ -178,7 +178,8 @@ def test_the_picture_shows_the_written_mask(
     air = image < -440
     assert 2 * np.sum(air & (mask > 0)) / (np.sum(air) + np.sum(mask > 0)) > 0.9
     assert mask.dtype == np.uint8 and np.nonzero(mask == 1)[0].max() < np.nonzero(mask == 2)[0].min()
-    legend, title, _ = shown["texts"]
+    legend, title, _, window = shown["texts"]
+    assert window == WINDOW_HU
     assert legend[1].startswith("left lung") and legend[2].endswith("mL") and title.startswith("ct: ")
 
 
