@@ -53,3 +53,7 @@ def test_a_failed_training_names_its_log(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the train run failed; its log is .*joint\.log"):
         cotraining.train(str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "manifest.json"))
     assert "case0.nii.gz: cannot be read" in (tmp_path / "runs" / "joint.log").read_text()
+
+
+def test_the_table_of_the_docs_is_that_of_the_results() -> None:
+    assert cotraining.table() in (cotraining.ROOT / "docs" / "co-training.md").read_text()

@@ -80,8 +80,8 @@ def score(data: str, out: str, manifest: str = str(MANIFEST), to: str = str(CSV)
     rows: list[dict[str, Any]] = []
     for domain in read_manifest(manifest, data):
         if domain.held_out_cases():
-            for run in ("joint", f"alone_{domain.name}"):
-                rows += _score(Path(out) / run, data, manifest, domain.name)
+            for name in ("joint", f"alone_{domain.name}"):
+                rows += _score(Path(out) / name, data, manifest, domain.name)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
