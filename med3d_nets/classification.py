@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from med3d_nets.norm import bare
 from med3d_nets.resnet import Med3DResNet, freeze_stages, stages
 
 
@@ -110,19 +111,21 @@ class FeatureScale:
     """Training handler that sets the ``Standardise`` of a ClassificationNet before the first step.
 
     Features of an encoder differ by orders of magnitude, and their mean is large beside what tells classes apart, so
-    that a linear layer on them would learn slowly and with a rate of its own for every encoder.
+    that a linear layer on them would learn slowly and with a rate of its own for every encoder. An encoder that is
+    trained from scratch has no such features yet: measured with norms that saw no batch, their scale is off by far.
 
     Args:
         network: the ClassificationNet, also when wrapped for several processes.
         batches: batches of training volumes, dicts with ``image`` and ``size``; each is used once.
         device: where the network is.
-        enabled: off when the network comes with its scales, that is from a checkpoint or trained weights.
+        enabled: off when the network comes with its scales, that is from a checkpoint or trained weights, and when
+            the encoder starts from scratch.
     """
 
     def __init__(
         self, network: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: Any, enabled: bool = True
     ) -> None:
-        self.network: Any = _bare(network)
+        self.network: Any = bare(network)
         self.batches = batches
         self.device = torch.device(device)
         self.enabled = enabled
@@ -187,7 +190,7 @@ def parameter_groups(
     Returns:
         One group per part that has anything to train; the head comes first.
     """
-    net: Any = _bare(network)
+    net: Any = bare(network)
     backbone = net.backbone
     rated = [([net.head], learning_rate * new_layer_lr_factor)]
     rated += [(part, learning_rate * layer_lr_decay**age) for age, part in enumerate(reversed(stages(backbone)))]
@@ -196,10 +199,6 @@ def parameter_groups(
         for modules, rate in rated
     ]
     return [group for group in groups if group["params"]]
-
-
-def _bare(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def _inside(feature: torch.Tensor, axis: int, counts: torch.Tensor) -> torch.Tensor:

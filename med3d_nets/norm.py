@@ -47,7 +47,7 @@ class PreciseNorm:
         extra_keys: Sequence[str] = (),
         freeze_after: int = 0,
     ) -> None:
-        self.network: Any = _bare(network)
+        self.network: Any = bare(network)
         self.dataloader = dataloader
         self.device = torch.device(device)
         self.batches = int(batches)
@@ -88,7 +88,7 @@ def estimate_norm_statistics(network: nn.Module, inputs: Iterable[torch.Tensor |
         network: any network; left in the mode in which it came.
         inputs: batches, (B, C, X, Y, Z), on the network's device, or tuples of all that the network takes.
     """
-    module = _bare(network)
+    module = bare(network)
     was_training = module.training
     module.train()
     norms: list[Any] = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
@@ -120,5 +120,6 @@ def _average_over_processes(norm: Any) -> bool:
     return bool(count > 0)
 
 
-def _bare(network: nn.Module) -> nn.Module:
+def bare(network: nn.Module) -> nn.Module:
+    """Get the network itself, also where it is wrapped for several processes."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network

@@ -20,6 +20,7 @@ from torch import nn
 
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
+from med3d_nets.norm import bare
 
 
 class RandomState:
@@ -91,7 +92,7 @@ class BestModel:
         if score > self.best:
             self.best = score
             if idist.get_rank() == 0:
-                _save(_bare(self.network).state_dict(), self.path)
+                _save(bare(self.network).state_dict(), self.path)
 
     def state_dict(self) -> dict[str, float]:
         """The best score so far."""
@@ -149,7 +150,7 @@ class Checkpoints:
                 f"{self.resume_from}: {epoch} epochs are done and max_epochs is {max_epochs}. Raise it to go on."
             )
         try:
-            _bare(self.network).load_state_dict(states["network"])
+            bare(self.network).load_state_dict(states["network"])
         except RuntimeError as error:
             raise InputError(
                 f"{self.resume_from}: is not of this network. Resume with the settings of that training, or give "
@@ -164,7 +165,7 @@ class Checkpoints:
         epoch, max_epochs = engine.state.epoch, engine.state.max_epochs
         if epoch % self.interval and epoch != max_epochs:
             return
-        network = _bare(self.network).state_dict()
+        network = bare(self.network).state_dict()
         states = {name: thing.state_dict() for name, thing in {**self.objects, **_scaler(engine)}.items()}
         if idist.get_rank() != 0:
             return
@@ -203,10 +204,6 @@ def _of_all_processes(mine: Any) -> list[Any]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return parts
-
-
-def _bare(network: nn.Module) -> nn.Module:
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def _save(content: Any, path: Path) -> None:

@@ -138,9 +138,13 @@ def test_two_processes_train_as_one_that_accumulates(data: Path, tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     run("train", **options, output_dir=str(tmp_path / "one"), accumulation_steps=2)
     states = [torch.load(tmp_path / name / "model_last.pt", weights_only=True) for name in ("two", "one")]
-    for key in states[0]:
-        if "running" not in key and "tracked" not in key:  # each process has norms of its own batches
-            torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-4, atol=1e-5)
+    # each process has norms of its own batches; where a gradient is nearly zero, AdamW makes the rounding of a sum in
+    # another order a step of its own, so that single weights (which move by 1e-3) get more room than their norm
+    for key, two in states[0].items():
+        if "running" not in key and "tracked" not in key:
+            one = states[1][key]
+            torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+            assert (two - one).norm() <= 1e-4 * one.norm()
 
 
 def settings_of(data: Path, **options: Any) -> ConfigParser:

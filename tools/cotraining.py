@@ -28,7 +28,7 @@ BUNDLE = ROOT / "bundles" / "med3d_multidomain_segmentation_resnet10"
 MANIFEST = ROOT / "tools" / "manifests" / "real8.json"
 CSV = ROOT / "docs" / "results" / "cotraining_real8.csv"
 
-EPOCHS, BATCHES = 50, 100
+EPOCHS, BATCHES, PATCH = 50, 100, 64
 SETTINGS = {"flip_prob": 0.5, "num_workers": 1}  # no class of these domains is sided
 TEMPERATURE = 3.0  # the default of train.json
 COLUMNS = ("run", "domain", "class", "cases", "dice", "dice_worst", "surface_dice", "hd95_mm", "batches", "commit")
@@ -125,6 +125,7 @@ def pretrain(
     epochs: int = EPOCHS,
     batches: int = BATCHES,
     leave_out: str = "",
+    patch: int = PATCH,
 ) -> str:
     """Train the joint network, with or without some domains; what is finished is taken, what is begun goes on.
 
@@ -135,27 +136,33 @@ def pretrain(
         epochs: of the training.
         batches: of an epoch.
         leave_out: domains that are not trained on, with commas between them.
+        patch: edge of a training patch, in voxels.
 
     Returns:
-        Path of its weights, whose encoder other networks can start from.
+        Path of its weights, whose encoder other networks can start from; ``made.json`` beside it tells the budget.
 
     Raises:
-        InputError: a faulty manifest, or a training that failed.
+        InputError: a faulty manifest, a run that was begun with another budget, or a training that failed.
     """
     folder = Path(out) / (f"without_{leave_out.replace(',', '_')}" if leave_out else "joint")
-    _train(folder, data, manifest, epochs, batches_per_epoch=batches, leave_out=leave_out)
+    _train(folder, data, manifest, epochs, batches_per_epoch=batches, leave_out=leave_out, patch_size=[patch] * 3)
     return str(folder / "model_last.pt")
 
 
 def _train(folder: Path, data: str, manifest: str, epochs: int, **options: Any) -> None:
+    made = {"batches": options["batches_per_epoch"] * epochs, "patch_size": options.get("patch_size", [PATCH] * 3)}
+    begun = any((folder / "checkpoints").glob("checkpoint_epoch=*.pt"))
+    before = json.loads((folder / "made.json").read_text()) if begun else made
+    if any(before[key] != value for key, value in made.items()):
+        raise InputError(
+            f"{folder}: was begun with {before}, now {made} is asked for. Use another folder or delete it."
+        )
     if (folder / "checkpoints" / f"checkpoint_epoch={epochs}.pt").is_file():
         print(f"{folder}: done")
         return
-    begun = any((folder / "checkpoints").glob("checkpoint_epoch=*.pt"))
     print(f"{folder}: {'goes on' if begun else 'begins'}, log in {folder}.log", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    made = {"batches": options["batches_per_epoch"] * epochs, "commit": commit()}
-    (folder / "made.json").write_text(json.dumps(made))
+    (folder / "made.json").write_text(json.dumps({**made, "commit": commit()}))
     options = {"max_epochs": epochs, "resume": str(begun).lower(), **SETTINGS, **options}
     run_bundle(BUNDLE, "train", folder, {"dataset_dir": data, "manifest": manifest, **options})
 
@@ -179,7 +186,8 @@ def _score(run: Path, data: str, manifest: str, domain: str) -> list[dict[str, A
             "dice_worst": round(one["dice"]["worst"], 4),
             "surface_dice": round(one["surface_dice"]["mean"], 4),
             "hd95_mm": round(one["hd95_mm"]["mean"], 3),
-            **made,
+            "batches": made["batches"],
+            "commit": made["commit"],
         }
         for name, one in scores["summary"].items()
     ]

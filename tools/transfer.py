@@ -15,10 +15,13 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import fire
 
@@ -26,15 +29,19 @@ from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from tools import transfer_report
 from tools.bundle_run import commit, machine
-from tools.cotraining import MANIFEST, pretrain
+from tools.cotraining import EPOCHS, MANIFEST, PATCH, pretrain
 from tools.transfer_tasks import Budget, Outcome, Task, task_of
 
 CSV = transfer_report.CSV
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 MODES = {"frozen": 5, "partial": 3, "full": 0}  # stages of the encoder that are not trained
-RATES = (3e-4, 1e-3, 3e-3)
-TUNED_AT = 0.1  # fraction of the data
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and a seed that no run has
 OWN = "med3d_real8"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_WRITING = Lock()
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,15 @@ def run(
     arms: str | Sequence[str] = ("scratch", OWN),
     modes: str | Sequence[str] = ("full", "partial", "frozen"),
     seeds: int = 3,
+    leave_out: str | Sequence[str] = (),
+    pretrain_epochs: int = EPOCHS,
+    pretrain_patch: int = PATCH,
+    jobs: int = 1,
     manifest: str = str(MANIFEST),
     to: str = str(CSV),
     **budget: Any,
 ) -> None:
-    """Train and score whatever the CSV lacks, a row after each training.
+    """Train and score whatever the CSV lacks, a row after each training: first encoders, then rates, then the runs.
 
     Args:
         data: folder where the manifest's paths start.
@@ -75,6 +86,11 @@ def run(
         arms: ``scratch``, ``med3d_real8``, names of the registry or paths of encoders.
         modes: ``full``, ``partial`` (stem to layer2 are not trained), ``frozen``; scratch is trained in full alone.
         seeds: number of seeds; each draws its own part of the patients and its own network.
+        leave_out: domains that the project's own encoders do not see besides the target's, so that several targets
+            can share one.
+        pretrain_epochs: epochs of 100 batches of its pre-training.
+        pretrain_patch: edge of its patches, in voxels.
+        jobs: trainings at a time.
         manifest: the domains.
         to: CSV file.
         budget: fields of ``Budget``, the same for all arms.
@@ -84,17 +100,42 @@ def run(
     """
     wanted = list(_plan(_listed(targets), _listed(arms), _listed(modes), _listed(fractions), seeds))
     limits = Budget(**budget)
+    tasks = {one.target: task_of(one.target, data, manifest, Path(out), limits) for one in wanted}
     done = {_key(row) for row in read(to)}
-    for one in wanted:
-        if _key(vars(one)) in done:
-            continue
-        task = task_of(one.target, data, manifest, Path(out), limits)
-        encoder = _encoder(one, task, data, manifest, out)
-        rate = _tuned_rate(one, task, encoder, Path(out))
+    wanted = [one for one in wanted if _key(vars(one)) not in done]
+    others = {one: ",".join(sorted({tasks[one.target].domain, *_listed(leave_out)})) for one in wanted}
+
+    def pretrained(names: str) -> str:
+        return pretrain(data, out, manifest, pretrain_epochs, leave_out=names, patch=pretrain_patch)
+
+    hidden = sorted({others[one] for one in wanted if one.arm == OWN})
+    own = dict(zip(hidden, _each(jobs, pretrained, hidden), strict=True))
+    encoders = {one: {"scratch": "", OWN: own.get(others[one], "")}.get(one.arm, one.arm) for one in wanted}
+    settings = list({(one.target, one.arm, one.mode): one for one in wanted}.values())
+    found = _each(jobs, lambda one: _tuned_rate(one, tasks[one.target], encoders[one], Path(out)), settings)
+    rates = {(one.target, one.arm, one.mode): rate for one, rate in zip(settings, found, strict=True)}
+
+    def train(one: Run) -> None:
+        rate = rates[one.target, one.arm, one.mode]
         print(f"{one.name}: learning rate {rate:g}", flush=True)
-        outcome = task.train_and_score(one.name, encoder, MODES[one.mode], one.fraction, one.seed, rate)
-        _append(to, {**vars(one), **_row(outcome, rate, limits)})
+        task = tasks[one.target]
+        outcome = task.train_and_score(one.name, encoders[one], MODES[one.mode], one.fraction, one.seed, rate)
+        _append(to, {**vars(one), **_row(outcome, rate, limits, encoders[one])})
+        task.tidy(one.name)
+
+    _each(jobs, train, wanted)
     print(transfer_report.table(to))
+
+
+def _each(jobs: int, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Results of ``work``, with a number of items at a time; the first error ends what has not begun."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read(path: str | Path) -> list[dict[str, str]]:
@@ -119,13 +160,6 @@ def _plan(
             yield Run(target, arm, mode, float(fraction), seed)
 
 
-def _encoder(one: Run, task: Task, data: str, manifest: str, out: str) -> str:
-    """Name or path of the arm's encoder, empty for scratch; the project's own never saw the target."""
-    if one.arm == "scratch":
-        return ""
-    return pretrain(data, out, manifest, leave_out=task.domain) if one.arm == OWN else one.arm
-
-
 def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
     """The best learning rate of the arm and mode by validation, at one fraction and a seed that no run has."""
     path = out / "tuning.csv"
@@ -133,29 +167,34 @@ def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
     for rate in RATES:
         if not any(float(row["learning_rate"]) == rate for row in own):
             name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}"
-            score = task.train(name, encoder, MODES[one.mode], TUNED_AT, 1000, rate)
+            score = task.train(name, encoder, MODES[one.mode], TUNED_AT, TUNING_SEED, rate)
             row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "validation": score}
             _append(path, row)
+            task.tidy(name)
             own.append({key: str(value) for key, value in row.items()})
     return float(max(own, key=lambda row: float(row["validation"]))["learning_rate"])
 
 
-def _row(outcome: Outcome, rate: float, limits: Budget) -> dict[str, Any]:
+def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:
     budget = f"{limits.epochs} epochs of {limits.batches} batches of {limits.batch_size}"
-    return {**vars(outcome), "learning_rate": rate, "budget": budget, "commit": commit(), "machine": machine()}
+    made = Path(encoder).with_name("made.json")
+    pretraining = Path(encoder).name
+    if encoder and made.is_file():
+        own = json.loads(made.read_text())
+        pretraining = f"{own['batches']} batches of patches of {own['patch_size'][0]} voxels, {made.parent.name}"
+    more = {"learning_rate": rate, "budget": budget, "pretraining": pretraining}
+    return {**vars(outcome), **more, "commit": commit(), "machine": machine()}
 
 
 def _append(path: str | Path, row: dict[str, Any]) -> None:
-    rows = [
-        *read(path),
-        {key: f"{value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()},
-    ]
+    line = {key: f"{value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()}
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(line), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as hidden:
-        hidden.write_text(text.getvalue(), encoding="utf-8")
+    with _WRITING:
+        writer.writerows([*read(path), line])
+        with replacing(path) as hidden:
+            hidden.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
