@@ -8,6 +8,7 @@ from __future__ import annotations
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
+from med3d_nets.components import CleanLabelsd
 from med3d_nets.datalist import read_datalist, split_by_patient
 from med3d_nets.domain_data import (
     DomainSampler,
@@ -26,6 +27,7 @@ from med3d_nets.evaluator import CaseEvaluator
 from med3d_nets.features import FeatureWriter, find_weights
 from med3d_nets.fingerprint import fingerprints
 from med3d_nets.flexunet import Med3DEncoder
+from med3d_nets.inferer import WholeVolumeInferer
 from med3d_nets.inputs import CheckCTd, LoadVolumed, find_cases
 from med3d_nets.label_table import (
     cases_to_classify,
@@ -37,9 +39,11 @@ from med3d_nets.label_table import (
 )
 from med3d_nets.manifest import read_manifest
 from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
+from med3d_nets.native_labels import NativeLabelsd
 from med3d_nets.norm import PreciseNorm
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
 from med3d_nets.registry import DEPTHS, WEIGHTS
+from med3d_nets.resampling import ResampleRASd
 from med3d_nets.resnet import Med3DResNet
 from med3d_nets.results import SegmentationWriter
 from med3d_nets.scores import CaseScores
@@ -64,6 +68,7 @@ __all__ = [
     "ClassScores",
     "ClassificationNet",
     "ClassifierRecord",
+    "CleanLabelsd",
     "CoTraining",
     "DomainDice",
     "DomainInferer",
@@ -80,14 +85,17 @@ __all__ = [
     "Med3DEncoder",
     "Med3DResNet",
     "MultiDomainNet",
+    "NativeLabelsd",
     "PadAtEndd",
     "PreciseNorm",
     "RandMirrord",
     "RandPatchd",
     "RandomState",
+    "ResampleRASd",
     "SeededDataset",
     "SegmentationNet",
     "SegmentationWriter",
+    "WholeVolumeInferer",
     "__version__",
     "cases_to_classify",
     "cases_to_score",

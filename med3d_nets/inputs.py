@@ -104,7 +104,7 @@ class CheckCTd(MapTransform):
         """
         d = dict(data)
         for key in self.key_iterator(d):
-            reason = self._fault(np.asarray(torch.as_tensor(d[key]).cpu(), dtype=np.float32).ravel())
+            reason = self._fault(np.asarray(torch.as_tensor(d[key]).cpu(), dtype=np.float32).ravel(order="K"))
             if reason:
                 name = getattr(d[key], "meta", {}).get("filename_or_obj", f"image '{key}'")
                 raise InputError(
@@ -169,8 +169,8 @@ def _volumes_in(folder: Path) -> list[Path]:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a file is a mask that an earlier run wrote, with its report and picture, into its input's folder."""
-    stem = path.name.removesuffix(".nii.gz")
+    """Whether an earlier run wrote a file (mask or probabilities) with report and picture into its input folder."""
+    stem = path.name.removesuffix(".nii.gz").removesuffix("_prob")
     return stem.endswith("_seg") and all(path.with_name(stem + ending).is_file() for ending in (".json", ".png"))
 
 

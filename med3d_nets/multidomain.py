@@ -6,18 +6,15 @@ the branch of its own dataset alone. What one dataset labels is therefore never 
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
-from monai.utils import fall_back_tuple
 from torch import nn
 
 from med3d_nets.errors import InputError
 from med3d_nets.heads import HEADS, upsample
+from med3d_nets.inferer import WholeVolumeInferer
 from med3d_nets.resnet import Med3DResNet, freeze_stages
 
 UNKNOWN = 255
@@ -197,12 +194,8 @@ class DomainLoss(nn.Module):
         return self.loss(logits[None, :, known], label[None, :, known])
 
 
-class DomainInferer(SlidingWindowInferer):
-    """Sliding windows that are no larger than the volume, through the branch of its domain.
-
-    Arguments are those of SlidingWindowInferer. An axis shorter than its window is padded to the next multiple of the
-    encoder's stride.
-    """
+class DomainInferer(WholeVolumeInferer):
+    """WholeVolumeInferer that takes a volume through the branch of its domain. Arguments are those of that class."""
 
     def __call__(  # type: ignore[override]
         self, inputs: torch.Tensor, network: nn.Module, domains: Sequence[str] = ()
@@ -214,14 +207,7 @@ class DomainInferer(SlidingWindowInferer):
             network: a MultiDomainNet, or with ``domains`` empty a network of one domain.
             domains: the volume's domain.
         """
-        if domains:
-            network = network.branch(domains[0])  # type: ignore[operator]
-        roi = fall_back_tuple(self.roi_size, inputs.shape[2:])
-        fitted = copy.copy(self)
-        fitted.roi_size = [
-            max(16, min(want, 8 * math.ceil(n / 8))) for want, n in zip(roi, inputs.shape[2:], strict=True)
-        ]
-        return SlidingWindowInferer.__call__(fitted, inputs, network)  # type: ignore[return-value]
+        return super().__call__(inputs, network.branch(domains[0]) if domains else network)  # type: ignore[operator]
 
 
 def _check_domains(domains: Mapping[str, int]) -> None:

@@ -20,8 +20,9 @@ class CheckVolumed(MapTransform):
     """Refuse a volume without contrast, or one that is too large at the working spacing; pass others on unchanged.
 
     Args:
-        keys: the image, a MetaTensor (1, X, Y, Z), oriented as the spacing is.
-        spacing: voxel size in mm to which it will be resampled.
+        keys: the image, a MetaTensor (1, X, Y, Z).
+        spacing: voxel size in mm to which it will be resampled, along right-left, anterior-posterior and
+            superior-inferior.
         max_voxels: most voxels after that; the memory of a pass grows with them.
 
     Raises:
@@ -51,8 +52,10 @@ class CheckVolumed(MapTransform):
             name = image.meta.get("filename_or_obj", f"image '{key}'")
             if float(image.min()) == float(image.max()):
                 raise InputError(f"{name}: every voxel is {float(image.min()):g}, so there is nothing to see in it.")
-            own = nib.affines.voxel_sizes(np.asarray(image.affine))
-            shape = [round(n * a / b) or 1 for n, a, b in zip(image.shape[1:], own, self.spacing, strict=True)]
+            affine = np.asarray(image.affine)
+            order = np.argsort(nib.io_orientation(affine)[:, 0])
+            extent = (nib.affines.voxel_sizes(affine) * image.shape[1:])[order]
+            shape = [round(length / size) or 1 for length, size in zip(extent, self.spacing, strict=True)]
             if np.prod(shape, dtype=float) > self.max_voxels:
                 raise InputError(
                     f"{name}: would have {' x '.join(map(str, shape))} voxels of "

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from isal import igzip
 from monai.data import MetaTensor
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from med3d_nets.files import replacing
 from med3d_nets.preview import WINDOW_HU, render_preview
 from med3d_nets.weights import file_sha256
 
+_COMPRESSION = 2  # of ISA-L, 0 to 3
 _SIDES = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior", "S": "superior"}
 
 _OPPOSITE = dict(zip("LRPAIS", "RLAPSI", strict=True))
@@ -38,7 +40,9 @@ class SegmentationWriter:
     """Handler of CaseEvaluator that writes ``{case}_seg.nii.gz``, ``{case}_seg.json`` and ``{case}_seg.png``.
 
     It expects in the engine's output, after postprocessing, ``pred``: the label map on the input's own grid,
-    shape (1, X, Y, Z), and ``image``: the network's input, RAS, shape (1, X', Y', Z'), both MetaTensors.
+    shape (1, X, Y, Z), and ``image``: the network's input, RAS, shape (1, X', Y', Z'), both MetaTensors. With
+    ``pred_probabilities``, (C, X, Y, Z), there is also ``{case}_seg_prob.nii.gz``: the classes along the fourth axis,
+    in 256 steps.
     No file is ever half written. If a case fails, files of an earlier run under its name get the suffix
     ``.old``.
 
@@ -100,14 +104,14 @@ class SegmentationWriter:
             **self._origin(),
         }
         nifti = _nifti(mask, affine)
-        self._write(
-            case,
-            {
-                ".nii.gz": nifti,
-                ".json": f"{json.dumps(report, indent=2)}\n".encode(),
-                ".png": self._picture(image, nifti, measures, case),
-            },
-        )
+        contents: dict[str, nib.Nifti1Image | bytes] = {
+            ".nii.gz": nifti,
+            ".json": f"{json.dumps(report, indent=2)}\n".encode(),
+            ".png": self._picture(image, nifti, measures, case),
+        }
+        if "pred_probabilities" in output:
+            contents["_prob.nii.gz"] = _probabilities(output["pred_probabilities"], affine)
+        self._write(case, contents)
         volumes = ", ".join(f"{name} {one['volume_ml']:,.0f} mL" for name, one in measures["labels"].items())
         print(f"  {volumes} -> {self._path(case, '.nii.gz')}")
         for warning in measures["warnings"]:
@@ -124,10 +128,8 @@ class SegmentationWriter:
 
     def _set_aside(self, engine: Engine) -> None:
         """Results of an earlier run must not look like those of the failed one."""
-        for ending in (".nii.gz", ".json", ".png"):
-            path = self._path(engine.state.case, ending)  # type: ignore[attr-defined]
-            if path.exists():
-                os.replace(path, f"{path}.old")
+        for ending in (".nii.gz", ".json", ".png", "_prob.nii.gz"):
+            _set_aside(self._path(engine.state.case, ending))  # type: ignore[attr-defined]
 
     def _path(self, case: str, ending: str) -> Path:
         return self.output_dir / f"{case}_{self.suffix}{ending}"
@@ -167,7 +169,15 @@ class SegmentationWriter:
                 if isinstance(content, bytes):
                     hidden.write_bytes(content)
                 else:
-                    nib.save(content, hidden)
+                    with igzip.open(hidden, "wb", compresslevel=_COMPRESSION) as stream:
+                        content.to_stream(stream)
+            if "_prob.nii.gz" not in contents:
+                _set_aside(self._path(case, "_prob.nii.gz"))
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists():
+        os.replace(path, f"{path}.old")
 
 
 def versions() -> dict[str, str]:
@@ -269,12 +279,19 @@ def _own_affine(image: MetaTensor, pred: MetaTensor) -> NDArray[np.float64]:
     """The input's affine as read, without the rounding on the way to the network's grid and back."""
     affine = np.asarray(image.meta["original_affine"], dtype=np.float64)
     if not np.allclose(pred.affine, affine, atol=1e-3):
-        raise ValueError("pred is not on the input's grid; postprocessing must invert preprocessing (Invertd)")
+        raise ValueError("pred is not on the input's grid; postprocessing must bring it there (NativeLabelsd)")
     return affine
 
 
-def _nifti(mask: NDArray[np.uint8], affine: NDArray[np.float64]) -> nib.Nifti1Image:
-    image = nib.Nifti1Image(mask, affine)
+def _probabilities(values: torch.Tensor, affine: NDArray[np.float64]) -> nib.Nifti1Image:
+    """Probabilities, (C, X, Y, Z), as NIfTI of (X, Y, Z, C); nibabel scales them to 256 steps."""
+    return _nifti(values.cpu().permute(1, 2, 3, 0).numpy(), affine)
+
+
+def _nifti(values: NDArray[Any], affine: NDArray[np.float64]) -> nib.Nifti1Image:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    image = nib.Nifti1Image(values, affine, header)
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
     if not np.allclose(image.get_qform(), affine, atol=1e-3):

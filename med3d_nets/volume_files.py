@@ -7,7 +7,6 @@ vectors become channels; and nibabel and ITK turn zero or negative spacings into
 
 from __future__ import annotations
 
-import gzip
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,9 @@ from typing import Any
 import itk
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from monai.data import ITKReader
+from nibabel.fileholders import FileHolder
 from numpy.typing import NDArray
 
 from med3d_nets import dicom
@@ -81,16 +82,19 @@ def _read_nifti(path: Path) -> Volume:
     with image.file_map["image"].get_prepare_fileobj("rb") as stream:  # as in the file: nibabel mends pixdim
         header = type(image).header_class.from_fileobj(stream, check=False)
     shape = _check_grid(path, image.shape, image.affine, header["pixdim"][1:4])
-    if path.name.lower().endswith(".gz"):
-        _check_gzip(path)
-    return np.ascontiguousarray(image.get_fdata(dtype=np.float32).reshape(shape)), image.affine
+    voxels = _inflated(path, type(image)) if path.name.lower().endswith(".gz") else image.get_fdata(dtype=np.float32)
+    return voxels.reshape(shape, order="F"), image.affine
 
 
-def _check_gzip(path: Path) -> None:
-    """Read to the end, where the checksum is; nibabel stops after the last voxel."""
-    with gzip.open(path) as stream:
+def _inflated(path: Path, kind: type[Any]) -> NDArray[np.float32]:
+    """Voxels of a .nii.gz by ISA-L, four times as fast as zlib; to the end, where the checksum is."""
+    with igzip.open(path) as stream:
+        holder = FileHolder(fileobj=stream)
+        image = kind.from_file_map({"header": holder, "image": holder})
+        voxels: NDArray[np.float32] = image.get_fdata(dtype=np.float32)
         while stream.read(_CHUNK):
             pass
+    return voxels
 
 
 def _read_itk(path: Path) -> Volume:

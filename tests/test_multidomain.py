@@ -80,7 +80,7 @@ def test_windows_are_no_larger_than_the_volume(shape: tuple[int, ...]) -> None:
     net = MultiDomainNet(10, DOMAINS, head="fpn").eval()
     seen: list[torch.Size] = []
     net.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2:]))
-    out = DomainInferer((96, 24, -1), sw_batch_size=1, overlap=0.25)(torch.randn(1, 1, *shape), net, ["liver"])
+    out = DomainInferer((96, 24, -1), divisor=8, padding_mode="constant")(torch.randn(1, 1, *shape), net, ["liver"])
     assert out.shape == (1, 2, *shape)
     assert {tuple(one) for one in seen} == {(max(16, -(-shape[0] // 8) * 8), 24, shape[2])}
 

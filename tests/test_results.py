@@ -231,12 +231,12 @@ def test_an_interrupt_stops_at_once(tmp_path: Path, weights: Path) -> None:
 
 
 def test_no_space_leaves_nothing_behind(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(image: Any, path: Path) -> None:
-        Path(path).write_bytes(b"half a file")
+    def full(image: Any, stream: Any) -> None:
+        stream.write(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     make_ct(tmp_path / "ct.nii.gz", GRIDS["canonical"])
-    monkeypatch.setattr(results.nib, "save", full)
+    monkeypatch.setattr(nib.Nifti1Image, "to_stream", full)
     with pytest.raises(InputError, match=r"out/ct_seg\.nii\.gz: cannot be written \(No space .* another folder"):
         make_evaluator([tmp_path / "ct.nii.gz"], tmp_path / "out", weights).run()
     assert list((tmp_path / "out").iterdir()) == []
