@@ -5,6 +5,7 @@ Importing the package registers ``med3d_resnet10`` … ``med3d_resnet200`` as ba
 
 from __future__ import annotations
 
+from med3d_nets.acceleration import accelerate
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
@@ -97,6 +98,7 @@ __all__ = [
     "SegmentationWriter",
     "WholeVolumeInferer",
     "__version__",
+    "accelerate",
     "cases_to_classify",
     "cases_to_score",
     "class_weights",

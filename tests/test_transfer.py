@@ -86,7 +86,7 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
         return str(tmp_path / "encoder.pt")
 
     monkeypatch.setattr(transfer, "pretrain", pretrain)
-    monkeypatch.setattr(transfer, "RATES", (1e-3,))
+    monkeypatch.setattr(transfer, "RATES", dict.fromkeys(transfer.RATES, (1e-3,)))
     where: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "out"), "manifest": str(data / "manifest.json")}
     options = {**where, "to": str(tmp_path / "a.csv"), "seeds": 1, "modes": "full,frozen", "epochs": 2, "batches": 2}
     transfer.run(**options, targets="boxes", fractions=0.5, batch_size=2)

@@ -35,7 +35,7 @@ from tools.transfer_tasks import Budget, Outcome, Task, task_of
 CSV = transfer_report.CSV
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 MODES = {"frozen": 5, "partial": 3, "full": 0}  # stages of the encoder that are not trained
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = {"scratch": (3e-4, 1e-3, 3e-3), "pretrained": (1e-4, 3e-4, 1e-3)}  # of the encoder
 TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and a seed that no run has
 OWN = "med3d_real8"
 
@@ -164,7 +164,7 @@ def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
     """The best learning rate of the arm and mode by validation, at one fraction and a seed that no run has."""
     path = out / "tuning.csv"
     own = [row for row in read(path) if [row[k] for k in ("target", "arm", "mode")] == [one.target, one.arm, one.mode]]
-    for rate in RATES:
+    for rate in RATES["pretrained" if encoder else "scratch"]:
         if not any(float(row["learning_rate"]) == rate for row in own):
             name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}"
             score = task.train(name, encoder, MODES[one.mode], TUNED_AT, TUNING_SEED, rate)
