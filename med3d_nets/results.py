@@ -30,7 +30,7 @@ from med3d_nets.files import replacing
 from med3d_nets.preview import WINDOW_HU, render_preview
 from med3d_nets.weights import file_sha256
 
-_COMPRESSION = 2  # of ISA-L, 0 to 3
+COMPRESSION = 2  # of ISA-L, 0 to 3
 _SIDES = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior", "S": "superior"}
 
 _OPPOSITE = dict(zip("LRPAIS", "RLAPSI", strict=True))
@@ -103,11 +103,11 @@ class SegmentationWriter:
             **measures,
             **self._origin(),
         }
-        nifti = _nifti(mask, affine)
+        written = nifti(mask, affine)
         contents: dict[str, nib.Nifti1Image | bytes] = {
-            ".nii.gz": nifti,
+            ".nii.gz": written,
             ".json": f"{json.dumps(report, indent=2)}\n".encode(),
-            ".png": self._picture(image, nifti, measures, case),
+            ".png": self._picture(image, written, measures, case),
         }
         if "pred_probabilities" in output:
             contents["_prob.nii.gz"] = _probabilities(output["pred_probabilities"], affine)
@@ -142,11 +142,11 @@ class SegmentationWriter:
             "versions": versions(),
         }
 
-    def _picture(self, image: MetaTensor, nifti: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
+    def _picture(self, image: MetaTensor, written: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
         """The mask as written, brought onto the image's grid by the affines: a wrong place would show."""
         low, high = self.hu_window or (0.0, 1.0)
         affine = image.affine.numpy()
-        ahead = nib.Nifti1Image(np.asarray(nifti.dataobj) + np.uint8(1), nifti.affine)  # 0 is beyond the input
+        ahead = nib.Nifti1Image(np.asarray(written.dataobj) + np.uint8(1), written.affine)  # 0 is beyond the input
         moved = resample_from_to(ahead, (image.shape[1:], affine), order=0, mode="grid-constant")
         found = np.asarray(moved.dataobj)
         box = find_objects(np.minimum(found, 1))[0]  # without the network's padding
@@ -169,7 +169,7 @@ class SegmentationWriter:
                 if isinstance(content, bytes):
                     hidden.write_bytes(content)
                 else:
-                    with igzip.open(hidden, "wb", compresslevel=_COMPRESSION) as stream:
+                    with igzip.open(hidden, "wb", compresslevel=COMPRESSION) as stream:
                         content.to_stream(stream)
             if "_prob.nii.gz" not in contents:
                 _set_aside(self._path(case, "_prob.nii.gz"))
@@ -285,10 +285,16 @@ def _own_affine(image: MetaTensor, pred: MetaTensor) -> NDArray[np.float64]:
 
 def _probabilities(values: torch.Tensor, affine: NDArray[np.float64]) -> nib.Nifti1Image:
     """Probabilities, (C, X, Y, Z), as NIfTI of (X, Y, Z, C); nibabel scales them to 256 steps."""
-    return _nifti(values.cpu().permute(1, 2, 3, 0).numpy(), affine)
+    return nifti(values.cpu().permute(1, 2, 3, 0).numpy(), affine)
 
 
-def _nifti(values: NDArray[Any], affine: NDArray[np.float64]) -> nib.Nifti1Image:
+def nifti(values: NDArray[Any], affine: NDArray[np.float64]) -> nib.Nifti1Image:
+    """Make a NIfTI image of unsigned bytes in scanner space.
+
+    Args:
+        values: (X, Y, Z) or (X, Y, Z, C); other numbers than bytes are scaled to 256 steps when it is written.
+        affine: voxel index to mm in RAS, 4 × 4; its shear stays in the sform.
+    """
     header = nib.Nifti1Header()
     header.set_data_dtype(np.uint8)
     image = nib.Nifti1Image(values, affine, header)

@@ -86,7 +86,7 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
         return str(tmp_path / "encoder.pt")
 
     monkeypatch.setattr(transfer, "pretrain", pretrain)
-    monkeypatch.setattr(transfer, "RATES", dict.fromkeys(transfer.RATES, (1e-3,)))
+    monkeypatch.setattr(transfer, "RATES", (1e-3,))
     where: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "out"), "manifest": str(data / "manifest.json")}
     options = {**where, "to": str(tmp_path / "a.csv"), "seeds": 1, "modes": "full,frozen", "epochs": 2, "batches": 2}
     transfer.run(**options, targets="boxes", fractions=0.5, batch_size=2)
@@ -119,6 +119,21 @@ def test_malignancy(data: Path, tmp_path: Path) -> None:
     outcome = one.train_and_score("a", "", 0, 1.0, 0, 1e-3)
     assert outcome.metric == "auc" and 0 <= outcome.low <= outcome.score <= outcome.high <= 1
     assert outcome.train_cases == 5 and outcome.surface_dice == ""
+
+
+def test_the_rate_is_searched_uphill(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def train(self: Task, name: str, encoder: str, frozen: int, fraction: float, seed: int, rate: float) -> float:
+        tried.append(rate)
+        return {1e-4: 0.1, 3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.8, 1e-2: 0.7}[rate]
+
+    monkeypatch.setattr(Task, "train", train)
+    one = transfer.Run("boxes", "scratch", "full", 0.1, 0)
+    assert transfer._tuned_rate(one, task("boxes", data, tmp_path), "", tmp_path) == 3e-3
+    assert sorted(tried) == [1e-3, 3e-3, 1e-2]
+    assert transfer._tuned_rate(one, task("boxes", data, tmp_path), "", tmp_path) == 3e-3
+    assert len(tried) == 3
 
 
 def write_rows(path: Path) -> str:

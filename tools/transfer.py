@@ -35,7 +35,7 @@ from tools.transfer_tasks import Budget, Outcome, Task, task_of
 CSV = transfer_report.CSV
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 MODES = {"frozen": 5, "partial": 3, "full": 0}  # stages of the encoder that are not trained
-RATES = {"scratch": (3e-4, 1e-3, 3e-3), "pretrained": (1e-4, 3e-4, 1e-3)}  # of the encoder
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of the encoder; the search begins in the middle
 TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and a seed that no run has
 OWN = "med3d_real8"
 
@@ -161,18 +161,27 @@ def _plan(
 
 
 def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
-    """The best learning rate of the arm and mode by validation, at one fraction and a seed that no run has."""
+    """The best learning rate of the arm and mode by validation, at one fraction and a seed that no run has.
+
+    From the middle of the rates, neighbours of the best are tried until none is better.
+    """
     path = out / "tuning.csv"
-    own = [row for row in read(path) if [row[k] for k in ("target", "arm", "mode")] == [one.target, one.arm, one.mode]]
-    for rate in RATES["pretrained" if encoder else "scratch"]:
-        if not any(float(row["learning_rate"]) == rate for row in own):
-            name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}"
-            score = task.train(name, encoder, MODES[one.mode], TUNED_AT, TUNING_SEED, rate)
-            row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "validation": score}
-            _append(path, row)
-            task.tidy(name)
-            own.append({key: str(value) for key, value in row.items()})
-    return float(max(own, key=lambda row: float(row["validation"]))["learning_rate"])
+    own = {
+        float(row["learning_rate"]): float(row["validation"])
+        for row in read(path)
+        if [row[key] for key in ("target", "arm", "mode")] == [one.target, one.arm, one.mode]
+    }
+    while True:
+        best = RATES.index(max(own, key=lambda rate: own[rate])) if own else len(RATES) // 2
+        missing = [rate for rate in RATES[max(0, best - 1) : best + 2] if rate not in own]
+        if not missing:
+            return RATES[best]
+        rate = missing[-1]
+        name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}"
+        own[rate] = task.train(name, encoder, MODES[one.mode], TUNED_AT, TUNING_SEED, rate)
+        row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "validation": own[rate]}
+        _append(path, row)
+        task.tidy(name)
 
 
 def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:
