@@ -69,8 +69,8 @@ def accelerate(network: nn.Module, precision: str = "auto") -> nn.Module:
     if precision == "bfloat16":
         return InferenceNet(folded, torch.bfloat16)
     plain = InferenceNet(folded, torch.float32)
-    device = next(folded.parameters()).device
-    if precision == "float32" or device.type != "cpu" or not multiplies_bfloat16():
+    first = next(folded.parameters(), None)
+    if precision == "float32" or first is None or first.device.type != "cpu" or not multiplies_bfloat16():
         return plain
     short = InferenceNet(copy.deepcopy(folded), torch.bfloat16)
     slow, fast = _seconds(plain), _seconds(short)

@@ -88,7 +88,7 @@ def read_pixels(folder: Path, files: list[Path]) -> NDArray[np.float32]:
             f"{folder}: the pixels of {', '.join(broken[:5]) or 'its slices'} cannot be read. "
             "The files are truncated, damaged or compressed in an unknown way; export them again."
         ) from error
-    return np.ascontiguousarray(data, dtype=np.float32)
+    return np.asfortranarray(data, dtype=np.float32)
 
 
 def _files(folder: Path) -> list[Path]:

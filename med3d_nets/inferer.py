@@ -13,6 +13,7 @@ import torch
 from monai.inferers import Inferer, sliding_window_inference
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from med3d_nets.errors import InputError
 
@@ -39,7 +40,7 @@ class WholeVolumeInferer(Inferer):
             end.
         padding_mode: of ``torch.nn.functional.pad``; ``constant`` pads with zeros.
         memory_bytes: what a pass may take; 0 for 70 % of what is free on the volume's device.
-        progress: show a bar over the windows.
+        progress: show a bar.
 
     Raises:
         InputError: window is none of these.
@@ -123,7 +124,10 @@ class WholeVolumeInferer(Inferer):
 
     def _run(self, inputs: torch.Tensor, network: nn.Module, window: list[int], *args: Any, **kwargs: Any) -> Any:
         if list(inputs.shape[2:]) == window:
-            return network(inputs, *args, **kwargs)
+            with tqdm(total=1, disable=not self.progress) as bar:
+                logits = network(inputs, *args, **kwargs)
+                bar.update()
+            return logits
         return sliding_window_inference(
             inputs, window, 1, network, self.overlap, "gaussian", 0.125, "constant", progress=self.progress, **kwargs
         )

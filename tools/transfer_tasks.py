@@ -29,7 +29,6 @@ SEGMENTATION = ROOT / "bundles" / "med3d_multidomain_segmentation_resnet10"
 CLASSIFICATION = ROOT / "bundles" / "med3d_feature_extraction_resnet10"
 MALIGNANCY, NODULES = "malignancy", "nodule_ct"
 CHECKPOINTS = 10  # epochs between them; short trainings would spend much of their time on more
-NEW_LAYER_FACTOR = 10  # learning rate of new layers over that of a pretrained encoder
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class Task(ABC):
 
     bundle: Path
     curve: str  # name of the validation score in TensorBoard
+    new_layer_factor: int  # learning rate of new layers over that of a pretrained encoder
 
     def __init__(self, domain: Domain, out: Path, budget: Budget) -> None:
         self.domain = domain.name
@@ -122,7 +122,7 @@ class Task(ABC):
                 "backbone_weights": encoder,
                 "frozen_stages": frozen,
                 "learning_rate": rate,
-                "new_layer_lr_factor": NEW_LAYER_FACTOR if encoder else 1,
+                "new_layer_lr_factor": self.new_layer_factor if encoder else 1,
                 "num_workers": 1,
                 "resume": str(resume).lower(),
             }
@@ -160,7 +160,7 @@ class Task(ABC):
 class Segmentation(Task):
     """A domain as a segmentation task of its own."""
 
-    bundle, curve = SEGMENTATION, "val_mean_dice"
+    bundle, curve, new_layer_factor = SEGMENTATION, "val_mean_dice", 3
 
     def _options(self, folder: Path, patients: Sequence[str]) -> dict[str, Any]:
         unused = [patient for patient in self.pool if patient not in patients]
@@ -181,6 +181,7 @@ class Segmentation(Task):
             "manifest": folder / "manifest.json",
             "fingerprint_dir": self.out / "fingerprints",
             "batches_per_epoch": self.budget.batches,
+            "freeze_norm_after": 1,  # with batches of two, all arms learn far faster on fixed statistics
         }
 
     def _evaluate(self, folder: Path) -> tuple[str, float, float, float, float | str]:
@@ -202,7 +203,7 @@ class Segmentation(Task):
 class Malignancy(Task):
     """Benign or malign nodules, by the file's own diagnosis (``Diagnosis`` of metadata.csv)."""
 
-    bundle, curve = CLASSIFICATION, "val_auc"
+    bundle, curve, new_layer_factor = CLASSIFICATION, "val_auc", 10
 
     def _options(self, folder: Path, patients: Sequence[str]) -> dict[str, Any]:
         rows = [["case", "label", "patient", "split"]]
