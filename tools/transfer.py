@@ -186,7 +186,7 @@ def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
 
 def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:
     budget = f"{limits.epochs} epochs of {limits.batches} batches of {limits.batch_size}"
-    made = Path(encoder).with_name("made.json")
+    made = Path(encoder).parent / "made.json"
     pretraining = Path(encoder).name
     if encoder and made.is_file():
         own = json.loads(made.read_text())
