@@ -158,7 +158,7 @@ def test_no_space_to_write(full_at: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     path = write_volume(tmp_path / "x.nii", *small_scan())
     where: dict[str, tuple[Any, str]] = {
-        "save": (results.nib, "save"),
+        "save": (results.nib.Nifti1Image, "to_stream"),
         "write": (results.Path, "write_bytes"),
         "rename": (results.os, "replace"),
     }
