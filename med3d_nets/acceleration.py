@@ -45,7 +45,7 @@ class InferenceNet(nn.Module):
         x = torch.as_tensor(x).as_subclass(torch.Tensor)
         x = x.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last_3d)
         logits: torch.Tensor = self.network(x)
-        return logits.float()
+        return logits.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def accelerate(network: nn.Module, precision: str = "auto") -> nn.Module:

@@ -82,6 +82,7 @@ def slabs(
     step = max(1, _SLAB // (source.shape[0] * shape[order[1]] * shape[order[2]]))
     back = (0, *(1 + order.index(axis) for axis in range(3)))
     moved = source.permute(0, *(1 + axes.order[axis] for axis in order)) if axes else source
+    moved = moved.contiguous()  # or index_select would copy all of it for each slab
     lines = [_Line(moved.shape[1 + i], axes, axis, shape[axis], source) for i, axis in enumerate(order)] if axes else []
     last = lines[2].matrix() if lines else None
     for start in range(0, shape[order[0]], step):

@@ -55,8 +55,8 @@ def chain(
 
     Returns:
         ``ratio`` (seconds of stock over ours), ``dice_float32`` (labels of ours with those of one float32 pass over
-        the whole and MONAI's transforms, mean of the classes), ``memory_ratio`` (peak memory of ours over stock, each
-        beyond the idle process), ``after_network_ratio`` (logits to labels, stock over ours), and the same for the
+        the whole and MONAI's transforms, mean of the classes), ``memory_ratio`` (peak memory of the process,
+        ours over stock), ``after_network_ratio`` (logits to labels, stock over ours), and the same for the
         float32 network.
     """
     size = _three(shape)

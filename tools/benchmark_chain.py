@@ -3,7 +3,7 @@
     python -m tools.benchmark_chain WAY CT.nii.gz FOLDER
 
 WAY is `stock` (MONAI's transforms and windows, as bundles have them), `ours`, `ours_float32`, or `reference` (the whole
-volume in one pass of the plain network in float32, then MONAI's transforms). Writes FOLDER/WAY.nii.gz and
+volume, padded as ours is, in one pass of the plain network in float32, then MONAI's transforms on the logits). Writes FOLDER/WAY.nii.gz and
 FOLDER/WAY.json: seconds of each part and peak memory.
 """
 
@@ -21,7 +21,7 @@ import fire
 import torch
 from isal import igzip
 from monai.data import MetaTensor
-from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.inferers import SlidingWindowInferer
 from monai.transforms import (
     Activationsd,
     AsDiscreted,
@@ -78,15 +78,16 @@ def main(way: str, image: str, folder: str) -> None:
     network: nn.Module = load_network(SegmentationNet(10, out_channels=3, head="fpn"), str(WEIGHTS)).eval()
     if way.startswith("ours"):
         network = accelerate(network, "float32" if way == "ours_float32" else "auto")
-    idle = _peak_bytes()
     parts = Parts()
     with torch.inference_mode():
         if way.startswith("ours"):
             _ours(network, image, Path(folder) / f"{way}.nii.gz", parts)
         else:
-            inferer: Any = SlidingWindowInferer((96, 96, 96), 1, 0.25) if way == "stock" else SimpleInferer()
+            inferer: Any = (
+                SlidingWindowInferer((96, 96, 96), 1, 0.25) if way == "stock" else WholeVolumeInferer("whole")
+            )
             _stock(network, inferer, image, Path(folder), way, parts)
-    figures = {**parts.seconds, "whole": sum(parts.seconds.values()), "bytes": _peak_bytes() - idle}
+    figures = {**parts.seconds, "whole": sum(parts.seconds.values()), "bytes": _peak_bytes()}
     (Path(folder) / f"{way}.json").write_text(json.dumps(figures))
 
 
@@ -109,7 +110,7 @@ def _stock(network: nn.Module, inferer: Any, image: str, folder: Path, way: str,
     )
     after = Compose(
         [
-            Activationsd("pred", softmax=True),
+            Activationsd("pred", softmax=way == "stock"),
             Invertd("pred", resample, orig_keys="image", nearest_interp=False, to_tensor=True),
             AsDiscreted("pred", argmax=True),
         ]
