@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from med3d_nets import InputError
-from tools import benchmark, benchmark_growth, benchmark_report
+from tools import benchmark, benchmark_growth, benchmark_report, transfer_report
 
 
 @pytest.mark.slow
@@ -63,3 +63,9 @@ def test_bad_input(tmp_path: Path) -> None:
             benchmark.network(10, shape)
     with pytest.raises(InputError, match="no results yet"):
         benchmark_report.table(str(tmp_path / "none.csv"))
+
+
+def test_tables_of_the_docs_are_those_of_the_results() -> None:
+    for name in ("README.md", "docs/speed.md"):
+        assert benchmark_report.table() in (benchmark_report.ROOT / name).read_text()
+    assert transfer_report.table() in (benchmark_report.ROOT / "docs" / "co-training.md").read_text()
