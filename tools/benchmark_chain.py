@@ -2,8 +2,8 @@
 
     python -m tools.benchmark_chain WAY CT.nii.gz FOLDER
 
-WAY is `stock` (MONAI's transforms and windows, as bundles have them), `ours`, `ours_float32`, or `reference` (one pass of
-the plain network in float32 over the whole volume, padded as ours is, then MONAI's transforms on the logits). Writes
+WAY is `stock` (MONAI's transforms and windows, as bundles have them), `ours`, `ours_float32`, or `reference` (one pass
+of the plain network in float32 over the whole volume, padded as ours is, then MONAI's transforms on the logits). Writes
 FOLDER/WAY.nii.gz and FOLDER/WAY.json: seconds of each part and peak memory.
 """
 
