@@ -162,7 +162,7 @@ def bytes_per_voxel(network: nn.Module, channels: int = 1) -> float:
         bare = {name: torch.empty_like(value, device="meta") for name, value in states.items()}
         logits = torch.func.functional_call(network, bare, torch.empty(1, channels, 64, 64, 64, device="meta"))
         return 1.5 * (max(layers[:-1]) + max(waiting) + logits.numel() * _FLOAT) / voxels
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError):  # layers that cannot run without data
         return _UNSEEN
     finally:
         for hook in hooks:
