@@ -81,7 +81,7 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
     torch.save({"state_dict": Med3DResNet(10).state_dict()}, tmp_path / "encoder.pt")
     left_out: list[str] = []
 
-    def pretrain(*_: Any, leave_out: str) -> str:
+    def pretrain(*_: Any, leave_out: str, patch: int) -> str:
         left_out.append(leave_out)
         return str(tmp_path / "encoder.pt")
 
