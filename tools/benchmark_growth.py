@@ -36,7 +36,8 @@ def growth(edges: Sequence[int] = EDGES, classes: Sequence[int] = CLASSES, depth
         depths: of the network.
 
     Returns:
-        Rows with ``axis`` (what is varied), ``voxels``, ``classes``, ``depth``, ``seconds`` and ``bytes``.
+        Rows with ``axis`` (what is varied), ``voxels``, ``classes``, ``depth``, ``seconds`` and ``bytes`` (peak of the
+        process).
 
     Raises:
         InputError: a point failed.
@@ -58,9 +59,8 @@ def growth(edges: Sequence[int] = EDGES, classes: Sequence[int] = CLASSES, depth
 
 @torch.inference_mode()
 def point(edge: int, depth: int, classes: int) -> None:
-    """Print seconds and peak bytes of one volume, from voxels in memory to labels."""
+    """Print the seconds of one volume, from voxels in memory to labels, and the peak bytes of the process."""
     network = accelerate(SegmentationNet(depth, out_channels=classes).eval())
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     affine = torch.eye(4, dtype=torch.float64)
     meta = {"original_affine": affine, "spatial_shape": [edge] * 3, "filename_or_obj": "", "space": "RAS"}
     voxels = torch.from_numpy(np.random.default_rng(0).standard_normal((1, edge, edge, edge), dtype=np.float32))
@@ -69,7 +69,7 @@ def point(edge: int, depth: int, classes: int) -> None:
     data["pred"] = WholeVolumeInferer()(data["image"][None], network)[0]
     NativeLabelsd("pred")(data)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle)}))
+    print(json.dumps({"seconds": seconds, "bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 
 
 if __name__ == "__main__":
