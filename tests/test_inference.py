@@ -93,6 +93,24 @@ def test_small_volumes_give_a_mask_on_their_grid(
     assert any("touches the border" in warning for warning in report_of(tmp_path / "out", name)["warnings"])
 
 
+def test_probabilities(chest: tuple[Array, Array], weights: Path, tmp_path: Path) -> None:
+    piece = nib.Nifti1Image(*chest).slicer[:, :, 20:30]
+    path = write_volume(tmp_path / "chest.nii.gz", piece.get_fdata(), piece.affine)
+    where: dict[str, Any] = {"weights": str(weights), "keep_largest": "false", "fill_holes": "false"}
+    run(path, tmp_path / "out", probabilities="true", **where)
+    soft = nib.load(tmp_path / "out" / "chest_seg_prob.nii.gz")
+    mask = mask_of(tmp_path / "out", "chest")
+    assert soft.shape == (*mask.shape, 3)
+    np.testing.assert_allclose(soft.affine, mask.affine, atol=1e-4)
+    values = np.sort(soft.get_fdata(), axis=-1)
+    np.testing.assert_allclose(values.sum(axis=-1), 1, atol=0.02)
+    clear = values[..., 2] - values[..., 1] > 0.02
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(soft.get_fdata().argmax(axis=-1)[clear], np.asarray(mask.dataobj)[clear])
+    run(path, tmp_path / "out", **where)  # what is not of this run does not look so
+    assert not (tmp_path / "out" / "chest_seg_prob.nii.gz").exists()
+
+
 def test_command_in_a_foreign_folder(weights: Path, tmp_path: Path) -> None:
     """Relative paths are the user's, names may have spaces and dots, and progress and results are told."""
     write_volume(tmp_path / "my scans" / "ct v1.2 (b).nii.gz", *small_scan())
