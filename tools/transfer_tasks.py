@@ -181,7 +181,7 @@ class Segmentation(Task):
             "manifest": folder / "manifest.json",
             "fingerprint_dir": self.out / "fingerprints",
             "batches_per_epoch": self.budget.batches,
-            "freeze_norm_after": 1,  # with batches of two, all arms learn far faster on fixed statistics
+            "freeze_norm_after": 1,  # batches of two make poor statistics; see docs/co-training.md
         }
 
     def _evaluate(self, folder: Path) -> tuple[str, float, float, float, float | str]:
