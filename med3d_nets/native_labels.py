@@ -19,7 +19,8 @@ class NativeLabelsd(MapTransform):
 
     The same labels as MONAI's ``Invertd`` (linear) and ``AsDiscreted(argmax=True)`` up to ties, without logits of the
     scan's full size in between: each slab is interpolated, compared and forgotten. Beyond the network's grid its
-    outermost logits go on.
+    outermost logits go on. With ``softmax`` the same labels as the chain that begins with
+    ``Activationsd(softmax=True)``: there probabilities are interpolated, which puts borders elsewhere between two voxels.
 
     Args:
         keys: logits, (C, X, Y, Z), floating point, on the grid of ``orig_keys``.
@@ -27,6 +28,7 @@ class NativeLabelsd(MapTransform):
             ``spatial_shape`` of the image as read.
         probabilities: also keep the softmax of the interpolated logits on the native grid, float16, (C, X', Y', Z'),
             under the key with ``_probabilities``.
+        softmax: interpolate probabilities instead of logits.
 
     Raises:
         ValueError: logits and image are not on one grid.
@@ -37,11 +39,13 @@ class NativeLabelsd(MapTransform):
         keys: KeysCollection,
         orig_keys: str = "image",
         probabilities: bool = False,
+        softmax: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.orig_keys = orig_keys
         self.probabilities = probabilities
+        self.softmax = softmax
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with labels, uint8 (int16 from 257 classes), (1, X', Y', Z'), MetaTensors."""
@@ -57,10 +61,11 @@ class NativeLabelsd(MapTransform):
                 raise ValueError(f"{key} has {tuple(logits.shape[1:])} voxels, its image {tuple(image.shape[1:])}")
             out = torch.zeros((1, *shape), dtype=torch.uint8 if len(logits) <= 256 else torch.int16)
             soft = torch.empty((len(logits), *shape), dtype=torch.float16) if self.probabilities else None
-            for where, values in slabs(logits.float(), matrix, shape):
+            source = logits.float().softmax(dim=0) if self.softmax else logits.float()
+            for where, values in slabs(source, matrix, shape):
                 out[where] = largest_channel(values, out.dtype)[None].cpu()
                 if soft is not None:
-                    soft[where] = values.softmax(dim=0).half().cpu()
+                    soft[where] = (values if self.softmax else values.softmax(dim=0)).half().cpu()
             d[key] = MetaTensor(out, affine=torch.as_tensor(affine), meta=dict(meta))
             if soft is not None:
                 d[f"{key}_probabilities"] = MetaTensor(soft, affine=torch.as_tensor(affine), meta=dict(meta))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    Activationsd,
     AsDiscreted,
     Compose,
     Invertd,
@@ -49,8 +50,8 @@ CASES += [("RAS", (2.0, 2.0, 2.0), (20, 20, 20), 0.0, "F"), ("LAS", (0.6, 0.6, 8
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("spacing", [(2.0, 2.0, 2.0), (0.8, 1.3, 1.0)], ids=str)
-def test_there_and_back(case: tuple[Any, ...], spacing: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("spacing, softmax", [((2.0, 2.0, 2.0), False), ((0.8, 1.3, 1.0), True)], ids=str)
+def test_there_and_back(case: tuple[Any, ...], spacing: tuple[float, ...], softmax: bool) -> None:
     image = scan(*case)
     slow = Compose([Orientationd("image", axcodes="RAS", labels=None), Spacingd("image", spacing, mode="bilinear")])
     theirs = slow({"image": image.clone()})
@@ -60,20 +61,21 @@ def test_there_and_back(case: tuple[Any, ...], spacing: tuple[float, ...]) -> No
     torch.testing.assert_close(ours["image"].as_tensor(), theirs["image"].as_tensor(), rtol=0, atol=2e-3)
 
     noise = np.random.default_rng(1).standard_normal((4, *theirs["image"].shape[1:])).astype(np.float32)
-    logits = torch.from_numpy(gaussian_filter(noise, (0, 1, 1, 1)))
+    logits = torch.from_numpy(gaussian_filter(noise, (0, 1, 1, 1)) * 10)
     theirs["pred"] = MetaTensor(logits, meta=theirs["image"].meta)
+    theirs = Activationsd("pred", softmax=softmax)(theirs)
     back = Invertd("pred", slow, orig_keys="image", nearest_interp=False, to_tensor=True)(theirs)
     labels = AsDiscreted("pred", argmax=True)(back)["pred"]
-    found = NativeLabelsd("pred", probabilities=True)({**ours, "pred": logits})
+    found = NativeLabelsd("pred", probabilities=True, softmax=softmax)({**ours, "pred": logits})
     assert found["pred"].dtype == torch.uint8 and found["pred"].shape == image.shape
     assert torch.equal(found["pred"].affine, image.affine)
     top = back["pred"].as_tensor().topk(2, dim=0).values
     clear = top[0] - top[1] > 1e-4
     assert clear.float().mean() > 0.99
     assert torch.equal(found["pred"].as_tensor()[0][clear], labels.as_tensor()[0][clear].to(torch.uint8))
-    torch.testing.assert_close(
-        found["pred_probabilities"].as_tensor().float(), back["pred"].as_tensor().softmax(dim=0), rtol=0, atol=1e-3
-    )
+    soft = back["pred"].as_tensor()
+    soft = soft if softmax else soft.softmax(dim=0)
+    torch.testing.assert_close(found["pred_probabilities"].as_tensor().float(), soft, rtol=0, atol=1e-3)
 
 
 def test_axes_that_are_not_parallel() -> None:
