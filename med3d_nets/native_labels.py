@@ -19,8 +19,8 @@ class NativeLabelsd(MapTransform):
 
     The same labels as MONAI's ``Invertd`` (linear) and ``AsDiscreted(argmax=True)`` up to ties, without logits of the
     scan's full size in between: each slab is interpolated, compared and forgotten. Beyond the network's grid its
-    outermost logits go on. With ``softmax`` the same labels as the chain that begins with
-    ``Activationsd(softmax=True)``: there probabilities are interpolated, which puts borders elsewhere between two voxels.
+    outermost logits go on. With ``softmax`` the labels are those of the chain that begins with
+    ``Activationsd(softmax=True)``, where probabilities are interpolated: borders lie elsewhere between two voxels.
 
     Args:
         keys: logits, (C, X, Y, Z), floating point, on the grid of ``orig_keys``.
