@@ -43,6 +43,7 @@ from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiD
 from med3d_nets.native_labels import NativeLabelsd
 from med3d_nets.norm import PreciseNorm
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
+from med3d_nets.processes import share_cases
 from med3d_nets.registry import DEPTHS, WEIGHTS
 from med3d_nets.resampling import ResampleRASd
 from med3d_nets.resnet import Med3DResNet
@@ -123,6 +124,7 @@ __all__ = [
     "read_record",
     "sample_weights",
     "sampling_weights",
+    "share_cases",
     "split_by_patient",
     "split_cases",
     "split_domains",

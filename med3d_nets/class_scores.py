@@ -5,21 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.metrics import compute_roc_auc
 from numpy.typing import NDArray
 
 from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import replacing
-from med3d_nets.scores import gather
+from med3d_nets.files import replacing, set_aside
+from med3d_nets.processes import gather, rank
 from med3d_nets.weights import file_sha256
 
 Measure = Callable[[NDArray[np.float64], NDArray[np.int64]], float]
@@ -71,7 +69,7 @@ class ClassScores:
         labelled = bool(cases) and all(one["truth"] is not None for one in cases.values())
         summary = summarise(list(cases.values()), self.classes, self.bootstrap_samples) if labelled else {}
         engine.state.metrics.update({name: summary[name]["value"] for name in ("accuracy", "auc") if summary})
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if rank() != 0:
             return
         report = {
             "summary": summary,
@@ -90,8 +88,8 @@ class ClassScores:
         if content is not None:
             with replacing(path) as hidden:
                 hidden.write_text(content, encoding="utf-8")
-        elif path.exists():
-            os.replace(path, f"{path}.old")
+        else:
+            set_aside(path)
 
 
 def summarise(cases: Sequence[dict[str, Any]], classes: Sequence[str], samples: int = 1000) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from torch import nn
 
+from med3d_nets.archive import origin_of
 from med3d_nets.embedding import STAGES, EmbeddingNet
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import replacing
+from med3d_nets.files import remove_partial, replacing, set_aside
+from med3d_nets.processes import gather_rows, rank
 from med3d_nets.registry import WEIGHTS
 from med3d_nets.results import versions
 from med3d_nets.weights import file_sha256
@@ -37,7 +40,8 @@ class FeatureWriter:
 
     The npz holds the average of each stage (``stem``, ``layer1`` … ``layer4``) and ``embedding``, that of layer4,
     float32; with maps also ``map_layer4`` and so on, float16, (C, x, y, z), and ``affine_layer4``, 4 × 4, from the
-    map's voxel index to mm in RAS. The table has one row per case: name, then the embedding.
+    map's voxel index to mm in RAS; and ``origin``, JSON: image, weights and settings that it was made from. The table
+    has one row per case: name, then the embedding; of several processes, it and the record are for the cases of all.
 
     It expects in the engine's output ``pred``, what EmbeddingNet gives, and ``image``, the network's input, a
     MetaTensor. No file is ever half written. When a run starts, the table and the record of an earlier run get the
@@ -47,9 +51,10 @@ class FeatureWriter:
         output_dir: folder for the files, made when the first case starts.
         network: the EmbeddingNet.
         weights: file of its weights, whose hash goes into ``run.json``.
-        record: what else ``run.json`` tells, for example the bundle, the spacing and the normalisation.
+        record: what else ``run.json`` tells and shapes a result: the bundle, the spacing, the normalisation and so on.
         maps: also write feature maps.
         map_stages: which.
+        skip_finished: leave a case out whose npz was made from the same image by the same weights and settings.
 
     Raises:
         InputError: an unknown stage.
@@ -63,6 +68,7 @@ class FeatureWriter:
         record: Mapping[str, Any],
         maps: bool = False,
         map_stages: Sequence[str] = ("layer4",),
+        skip_finished: bool = False,
     ) -> None:
         stages = [map_stages] if isinstance(map_stages, str) else list(map_stages)
         unknown = [str(stage) for stage in stages if stage not in STAGES]
@@ -73,13 +79,16 @@ class FeatureWriter:
         self.weights = Path(weights)
         self.record = dict(record)
         self.map_stages = stages if maps else []
+        self.skip_finished = skip_finished
         self._maps: list[torch.Tensor] = []
         self._embeddings: dict[str, NDArray[np.float32]] = {}
-        self._started = False
+        self._sha256 = ""
+        self._origin: dict[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a CaseEvaluator."""
-        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(CaseEvents.CASES_STARTED, self._start)
+        engine.add_event_handler(Events.STARTED, self._note_origin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(CaseEvents.CASE_FAILED, self._forget)
         engine.add_event_handler(CaseEvents.ALL_CASES_DONE, self._finish)
@@ -87,34 +96,63 @@ class FeatureWriter:
             self.network.backbone.register_forward_hook(self._keep_maps)
 
     def __call__(self, engine: Engine) -> None:
-        """Write the npz of the current case."""
-        case, output = engine.state.case, engine.state.output[0]  # type: ignore[attr-defined,index]
+        """Have the npz of the current case written."""
+        state: Any = engine.state
+        case, output = state.case, state.output[0]
         vector = output["pred"].float().cpu().numpy()
         if not np.isfinite(vector).all():
             raise InputError(f"{case}: the features are not finite. Take weights of a training that did not diverge.")
         arrays: Arrays = {stage: vector[place] for stage, place in self.network.slices.items()}
         arrays["embedding"] = arrays[STAGES[-1]]
         arrays.update(self._map_arrays(case, np.asarray(output["image"].affine, dtype=np.float64)))
+        arrays["origin"] = np.array(json.dumps(self._origin))
+        state.write = partial(self._write, case, arrays)
+
+    def _write(self, case: str, arrays: Arrays) -> None:
         path = self._path(case)
         with replacing(path) as hidden, hidden.open("wb") as stream:
             np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
         self._embeddings[case] = arrays["embedding"]
-        print(f"  {len(arrays['embedding'])} features -> {path}")
+        print(f"  {len(arrays['embedding'])} features -> {path}", flush=True)
 
     def _start(self, engine: Engine) -> None:
         """Make the folder; what an earlier run says of all cases must not stand beside the results of this one."""
-        if self._started:
-            return
-        self._started = True
+        state: Any = engine.state
+        self._embeddings = {}
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("embeddings.csv", "run.json"):
-                _set_aside(self.output_dir / name)
+            for name in ("embeddings.csv", "run.json") if rank() == 0 else ():
+                set_aside(self.output_dir / name)
         except OSError as error:
             raise InputError(
                 f"{self.output_dir}: nothing can be written to this output_dir ({error.strerror}). "
                 "Give a folder that can be written."
             ) from error
+        if self.skip_finished:
+            state.skipped |= {one["case"] for one in state.cases if self._is_finished(one)}
+        cases = [one["case"] for one in state.cases if one["case"] not in state.skipped]
+        remove_partial(self.output_dir, {self._path(case).name for case in cases})
+
+    def _is_finished(self, case: Mapping[str, Any]) -> bool:
+        """Whether the npz is what would be made now; then its embedding is kept for the table."""
+        try:
+            with np.load(self._path(case["case"])) as arrays:
+                origin, embedding = json.loads(str(arrays["origin"])), arrays["embedding"]
+        except (OSError, ValueError, KeyError, BadZipFile):
+            return False
+        if origin != self._origin_of(case["image"]):
+            return False
+        self._embeddings[case["case"]] = embedding
+        return True
+
+    def _note_origin(self, engine: Engine) -> None:
+        """The image as it is when the case begins: if it changes later, its result is not taken for finished."""
+        self._origin = self._origin_of(engine.state.item["image"])  # type: ignore[attr-defined]
+
+    def _origin_of(self, image: str) -> dict[str, Any]:
+        self._sha256 = self._sha256 or file_sha256(self.weights)
+        settings = {name: value for name, value in self.record.items() if name != "weights"}  # a name; the hash counts
+        return origin_of(image, {**settings, "maps": self.map_stages, "weights_sha256": self._sha256})
 
     def _keep_maps(self, backbone: nn.Module, inputs: Any, maps: list[torch.Tensor]) -> None:
         self._maps = maps
@@ -135,10 +173,17 @@ class FeatureWriter:
         """Results of an earlier run must not look like those of the failed one."""
         case = engine.state.case  # type: ignore[attr-defined]
         self._embeddings.pop(case, None)
-        _set_aside(self._path(case))
+        set_aside(self._path(case))
 
     def _finish(self, engine: Engine) -> None:
-        failed = dict(engine.state.failed)  # type: ignore[attr-defined]
+        """Write the table and the record of all cases of all processes."""
+        state: Any = engine.state
+        rows = gather_rows(
+            [(one["case"], self._embeddings.get(one["case"]), state.failed.get(one["case"], "")) for one in state.cases]
+        )
+        if rank() != 0:
+            return
+        embeddings = {case: vector for case, vector, _ in rows if vector is not None}
         report = {
             **self.record,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -146,18 +191,17 @@ class FeatureWriter:
             "weights_sha256": file_sha256(self.weights),
             "stages": dict(zip(STAGES, self.network.feature_channels, strict=True)),
             "maps": self.map_stages,
-            "cases": list(self._embeddings),
-            "failed": failed,
+            "cases": list(embeddings),
+            "failed": {case: reason for case, vector, reason in rows if vector is None},
             "versions": versions(),
         }
         with contextlib.ExitStack() as files:
-            if self._embeddings:
+            if embeddings:
                 hidden = files.enter_context(replacing(self.output_dir / "embeddings.csv"))
-                hidden.write_text(_table(self._embeddings), encoding="utf-8")
-                print(f"{len(self._embeddings)} embeddings -> {self.output_dir / 'embeddings.csv'}")
+                hidden.write_text(_table(embeddings), encoding="utf-8")
+                print(f"{len(embeddings)} embeddings -> {self.output_dir / 'embeddings.csv'}")
             hidden = files.enter_context(replacing(self.output_dir / "run.json"))
             hidden.write_text(f"{json.dumps(report, indent=2)}\n")
-        self._embeddings, self._started = {}, False
 
     def _path(self, case: str) -> Path:
         return self.output_dir / f"{case}_features.npz"
@@ -190,11 +234,6 @@ def find_weights(weights: str | Path, bundle_root: str | Path) -> str:
             "in the bundle's folder."
         )
     return str(downloaded)
-
-
-def _set_aside(path: Path) -> None:
-    if path.exists():
-        os.replace(path, f"{path}.old")
 
 
 def _table(embeddings: Mapping[str, NDArray[np.float32]]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from med3d_nets.errors import InputError
+
+_HIDDEN = ".partial_"
 
 
 @contextlib.contextmanager
@@ -28,7 +30,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ...     _ = hidden.write_text("{}")
     """
     path = Path(path)
-    hidden = path.with_name(f".partial_{os.getpid()}_{path.name}")
+    hidden = path.with_name(f"{_HIDDEN}{os.getpid()}_{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield hidden
@@ -39,3 +41,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             hidden.unlink()
+
+
+def set_aside(path: Path) -> None:
+    """Give a file, if there is one, the suffix ``.old``."""
+    if path.exists():
+        os.replace(path, f"{path}.old")
+
+
+def remove_partial(folder: Path, names: Collection[str]) -> None:
+    """Remove what a process that was killed while it wrote has left of files.
+
+    Args:
+        folder: of the files.
+        names: of the files, which no other process is writing now.
+    """
+    for path in folder.glob(f"{_HIDDEN}*"):
+        if path.name.removeprefix(_HIDDEN).partition("_")[2] in names:
+            path.unlink(missing_ok=True)

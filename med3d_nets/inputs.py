@@ -1,6 +1,6 @@
 """From a path that the user gives to checked volumes.
 
-`find_cases` lists the volumes of a file or folder, `LoadVolumed` reads one and refuses unsound ones,
+`find_cases` lists the volumes of a file, folder or table, `LoadVolumed` reads one and refuses unsound ones,
 `CheckCTd` refuses what is not CT in Hounsfield units. Every refusal is an `InputError` that names the file.
 """
 
@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 
 from med3d_nets import dicom
 from med3d_nets.errors import InputError
+from med3d_nets.tables import read_rows
 from med3d_nets.volume_files import read_volume
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 _FORMS = (
     f"a volume file ({', '.join(VOLUME_SUFFIXES)}), a folder of them, a folder holding one DICOM series, "
-    "or a folder of such folders"
+    "a folder of such folders, or a table of them (.csv, column image)"
 )
+_NO_NAME = re.compile(r"[/\\\x00-\x1f]|^\.")
 
 
 def find_cases(dataset_dir: str | Path) -> list[dict[str, str]]:
@@ -37,18 +39,24 @@ def find_cases(dataset_dir: str | Path) -> list[dict[str, str]]:
     Args:
         dataset_dir: one volume file; a folder whose files are volumes or the slices of a DICOM series (of any
             name); a folder whose direct sub-folders each hold such a series; or a mix. Hidden files, files
-            that are no images, and results of an earlier run are ignored.
+            that are no images, and results of an earlier run are ignored. Or a table (.csv, UTF-8) with the column
+            `image`, a volume file or the folder of a DICOM series, absolute or relative to the table's folder, and
+            optionally `case`, a unique name; other columns are ignored.
 
     Returns:
-        One `{"image": absolute path, "case": name}` per volume, sorted by path. The name is the file's
-        without suffix, or the folder's; names that would be equal keep the suffix, so that they are unique.
+        One `{"image": absolute path, "case": name}` per volume, sorted by path, those of a table in its order. The
+        name is the table's, or the file's without suffix, or the folder's; names that would be equal keep the
+        suffix, so that they are unique.
 
     Raises:
-        InputError: the path is missing, or nothing at or in it is a volume.
+        InputError: the path is missing, or nothing at or in it is a volume; or a table cannot be read, lacks the
+            column or a value, or names what is no volume, or a case twice.
     """
     path = Path(os.path.abspath(Path(dataset_dir).expanduser()))
     if not str(dataset_dir) or not path.exists():
         raise InputError(f"dataset_dir '{dataset_dir}' does not exist. Give {_FORMS}.")
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return _listed(path)
     try:
         paths = _volumes_in(path) if path.is_dir() else [path] if _is_volume(path) else []
         hint = "; it is a DICOM slice: give its folder" if path.is_file() and dicom.is_dicom(path) else ""
@@ -166,6 +174,34 @@ def _volumes_in(folder: Path) -> list[Path]:
     files = [p for p in visible if _is_volume(p) and not p.is_dir() and not _is_result(p)]
     series = [p for p in [folder, *visible] if p.is_dir() and dicom.holds_dicom(p)]
     return sorted(files + series)
+
+
+def _listed(table: Path) -> list[dict[str, str]]:
+    """The cases of a table."""
+    rows = read_rows(table, ["image"])
+    paths = [Path(os.path.abspath(table.parent / Path(row["image"]).expanduser())) for row in rows]
+    for line, path in enumerate(paths, start=2):
+        if not path.exists() or not (dicom.holds_dicom(path) if path.is_dir() else _is_volume(path)):
+            wrong = "is no volume" if path.exists() else "does not exist"
+            raise InputError(
+                f"{table}, line {line}: {path} {wrong}. Allowed as image: a volume file ({', '.join(VOLUME_SUFFIXES)}) "
+                "or a folder holding one DICOM series, absolute or relative to the table's folder."
+            )
+    names = [row["case"] for row in rows] if "case" in rows[0] else _unique_names(paths)
+    first: dict[str, int] = {}
+    for line, name in enumerate(names, start=2):
+        if not name or _NO_NAME.search(name):
+            wrong = f"'{name}' cannot be part of a file's name" if name else "no case in this row"
+            raise InputError(
+                f"{table}, line {line}: {wrong}. Give each case a name without / and \\ or dot at its start."
+            )
+        earlier = first.setdefault(name.lower(), line)
+        if earlier != line:
+            raise InputError(
+                f"{table}, line {line}: the case '{name}' is that of line {earlier} too. Results are named after "
+                "cases: give each another name, also where upper and lower case are the same."
+            )
+    return [{"image": str(path), "case": name} for path, name in zip(paths, names, strict=True)]
 
 
 def _is_result(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,9 @@ from typing import Any
 from med3d_nets.datalist import Case, split_by_patient
 from med3d_nets.errors import InputError
 from med3d_nets.inputs import VOLUME_SUFFIXES, find_cases
+from med3d_nets.tables import Row, read_rows
 
 SECTIONS = ("training", "validation", "test", "none")
-
-Row = dict[str, str]
 
 
 def read_labels(
@@ -42,7 +40,10 @@ def read_labels(
             a case for the second time; a volume has no row; or a name has no patient.
     """
     path = Path(labels).expanduser()
-    rows = _read_rows(path)
+    rows = read_rows(path, ("case", "label"))
+    twice = [name for name, count in Counter(row["case"] for row in rows).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: {', '.join(twice[:5])}: more than one row for a case. Keep one.")
     images = _images(path, rows, Path(dataset_dir).expanduser())
     used = [(row, image) for row, image in zip(rows, images, strict=True) if row.get("split") != "none"]
     names = [str(name) for name in classes] or class_names(row["label"] for row, _ in used)
@@ -175,37 +176,6 @@ def class_weights(cases: Sequence[Case], num_classes: int, balance: str = "sampl
 def _check_balance(balance: str) -> None:
     if balance not in ("sampling", "loss", "none"):
         raise InputError(f"balance={balance!r}: allowed are sampling, loss and none.")
-
-
-def _read_rows(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. Give labels, a CSV table with the columns case and label.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            table = csv.DictReader(stream)
-            columns = [str(name).strip() for name in table.fieldnames or ()]
-            lines = [[str(value or "").strip() for value in list(row.values())[: len(columns)]] for row in table]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is no CSV table in UTF-8 ({error}). Save it as such.") from error
-    missing = [name for name in ("case", "label") if name not in columns]
-    if len(set(columns)) < len(columns):
-        raise InputError(f"{path}: a column comes twice among {', '.join(columns)}. Remove one.")
-    if missing:
-        raise InputError(
-            f"{path}: has no column {' and no column '.join(missing)}. Its columns: {', '.join(columns) or 'none'}. "
-            "Needed are case and label, in the first line, separated by commas."
-        )
-    if not lines:
-        raise InputError(f"{path}: has no row below its header. Add one per volume: case,label.")
-    rows = [dict(zip(columns, line, strict=True)) for line in lines]
-    for number, row in enumerate(rows, start=2):
-        for name in ("case", "label"):
-            if not row[name]:
-                raise InputError(f"{path}, line {number}: no {name} in this row ({row['case'] or row['label']}).")
-    twice = [name for name, count in Counter(row["case"] for row in rows).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: {', '.join(twice[:5])}: more than one row for a case. Keep one.")
-    return rows
 
 
 def _images(path: Path, rows: Sequence[Row], dataset_dir: Path) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,19 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
 import med3d_nets
+from med3d_nets.archive import is_finished, origin_of, read_report, summary_row, write_summary
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import replacing
+from med3d_nets.files import remove_partial, replacing, set_aside
+from med3d_nets.measures import measure
 from med3d_nets.preview import WINDOW_HU, render_preview
+from med3d_nets.processes import gather_rows, rank
 from med3d_nets.weights import file_sha256
 
 COMPRESSION = 2  # of ISA-L, 0 to 3
-_SIDES = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior", "S": "superior"}
-
-_OPPOSITE = dict(zip("LRPAIS", "RLAPSI", strict=True))
+SUMMARY = "summary.csv"
+_USED = ("image", "pred", "pred_probabilities")  # of the engine's output
+_ENDINGS = (".nii.gz", ".json", ".png", "_prob.nii.gz")
 
 
 class SegmentationWriter:
@@ -42,9 +45,9 @@ class SegmentationWriter:
     It expects in the engine's output, after postprocessing, ``pred``: the label map on the input's own grid,
     shape (1, X, Y, Z), and ``image``: the network's input, RAS, shape (1, X', Y', Z'), both MetaTensors. With
     ``pred_probabilities``, (C, X, Y, Z), there is also ``{case}_seg_prob.nii.gz``: the classes along the fourth axis,
-    in 256 steps.
+    in 256 steps. After several cases there is ``summary.csv`` with a row for each, of several processes for all.
     No file is ever half written. If a case fails, files of an earlier run under its name get the suffix
-    ``.old``.
+    ``.old``; so does an earlier summary when a run starts.
 
     Args:
         output_dir: folder for the files, made when the first case starts.
@@ -56,6 +59,9 @@ class SegmentationWriter:
         max_spacing_mm: largest voxel size without a warning.
         suffix: of the files' names.
         extra: what else the JSON tells.
+        settings: what else shapes a result, for the JSON.
+        skip_finished: leave a case out whose files are all there and were made from the same image by the same weights,
+            bundle and settings.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class SegmentationWriter:
         max_spacing_mm: float = 5.0,
         suffix: str = "seg",
         extra: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        skip_finished: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir).expanduser()
         self.labels = {int(value): name for value, name in labels.items()}
@@ -79,45 +87,56 @@ class SegmentationWriter:
         self.max_spacing_mm = max_spacing_mm
         self.suffix = suffix
         self.extra = dict(extra or {})
+        self.settings = {"labels": {name: value for value, name in self.labels.items()}, **(settings or {})}
+        self.skip_finished = skip_finished
         self._sha256 = ""
+        self._origin: dict[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a CaseEvaluator."""
-        engine.add_event_handler(Events.STARTED, self._make_folder)
+        engine.add_event_handler(CaseEvents.CASES_STARTED, self._start)
+        engine.add_event_handler(Events.STARTED, self._note_origin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(CaseEvents.CASE_FAILED, self._set_aside)
+        engine.add_event_handler(CaseEvents.ALL_CASES_DONE, self._summarise)
 
     def __call__(self, engine: Engine) -> None:
-        """Write the three files of the current case."""
-        case, output = engine.state.case, engine.state.output[0]  # type: ignore[attr-defined,index]
-        image, pred = output["image"].cpu(), output["pred"].cpu()
+        """Have the files of the current case written."""
+        state: Any = engine.state
+        output = {key: state.output[0][key].cpu() for key in _USED if key in state.output[0]}
+        seconds = round(time.perf_counter() - state.started, 3)
+        state.write = partial(self._write_case, state.case, output, self._origin, seconds)
+
+    def _write_case(self, case: str, output: Mapping[str, Any], origin: Mapping[str, Any], seconds: float) -> None:
+        image, pred = output["image"], output["pred"]
         mask = pred[0].numpy().astype(np.uint8)
         affine = _own_affine(image, pred)
         measures = measure(mask, affine, self.labels, self.volume_range_ml, self.max_spacing_mm)
         report = {
             "case": case,
-            "image": str(image.meta.get("filename_or_obj", "")),
+            **origin,
             "mask": self._path(case, ".nii.gz").name,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": seconds,
             **self.extra,
             **measures,
-            **self._origin(),
+            "versions": versions(),
         }
         written = nifti(mask, affine)
         contents: dict[str, nib.Nifti1Image | bytes] = {
             ".nii.gz": written,
-            ".json": f"{json.dumps(report, indent=2)}\n".encode(),
             ".png": self._picture(image, written, measures, case),
         }
         if "pred_probabilities" in output:
             contents["_prob.nii.gz"] = _probabilities(output["pred_probabilities"], affine)
-        self._write(case, contents)
+        self._write(case, report, contents)
         volumes = ", ".join(f"{name} {one['volume_ml']:,.0f} mL" for name, one in measures["labels"].items())
-        print(f"  {volumes} -> {self._path(case, '.nii.gz')}")
-        for warning in measures["warnings"]:
-            print(f"  warning: {warning}")
+        lines = [f"{volumes} -> {self._path(case, '.nii.gz')}", *(f"warning: {one}" for one in measures["warnings"])]
+        print("\n".join(f"  {case}: {line}" for line in lines), flush=True)
 
-    def _make_folder(self, engine: Engine) -> None:
+    def _start(self, engine: Engine) -> None:
+        """Make the folder, tidy it, and leave finished cases out."""
+        state: Any = engine.state
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -125,22 +144,41 @@ class SegmentationWriter:
                 f"{self.output_dir}: this output_dir cannot be made ({error.strerror}). "
                 "Give a folder that can be written."
             ) from error
+        if rank() == 0:
+            set_aside(self.output_dir / SUMMARY)
+        if self.skip_finished:
+            state.skipped |= {one["case"] for one in state.cases if self._is_finished(one)}
+        cases = [one["case"] for one in state.cases if one["case"] not in state.skipped]
+        remove_partial(self.output_dir, {self._path(case, ending).name for case in cases for ending in _ENDINGS})
+
+    def _is_finished(self, case: Mapping[str, Any]) -> bool:
+        report = read_report(self._path(case["case"], ".json"))
+        return report is not None and is_finished(report, self._origin_of(case["image"]), self.output_dir)
+
+    def _note_origin(self, engine: Engine) -> None:
+        """The image as it is when the case begins: if it changes later, its result is not taken for finished."""
+        self._origin = self._origin_of(engine.state.item["image"])  # type: ignore[attr-defined]
+
+    def _origin_of(self, image: str) -> dict[str, Any]:
+        self._sha256 = self._sha256 or file_sha256(self.weights)
+        made_by = {"bundle": self.bundle, "weights_sha256": self._sha256, "settings": self.settings}
+        return origin_of(image, made_by)
 
     def _set_aside(self, engine: Engine) -> None:
         """Results of an earlier run must not look like those of the failed one."""
-        for ending in (".nii.gz", ".json", ".png", "_prob.nii.gz"):
-            _set_aside(self._path(engine.state.case, ending))  # type: ignore[attr-defined]
+        for ending in _ENDINGS:
+            set_aside(self._path(engine.state.case, ending))  # type: ignore[attr-defined]
+
+    def _summarise(self, engine: Engine) -> None:
+        """Write the table of all cases of all processes."""
+        state: Any = engine.state
+        mine = [summary_row(one, state, read_report(self._path(one["case"], ".json"))) for one in state.cases]
+        rows = gather_rows(mine)
+        if rank() == 0 and len(rows) > 1:
+            write_summary(self.output_dir / SUMMARY, rows, list(self.labels.values()))
 
     def _path(self, case: str, ending: str) -> Path:
         return self.output_dir / f"{case}_{self.suffix}{ending}"
-
-    def _origin(self) -> dict[str, Any]:
-        self._sha256 = self._sha256 or file_sha256(self.weights)
-        return {
-            "bundle": self.bundle,
-            "weights_sha256": self._sha256,
-            "versions": versions(),
-        }
 
     def _picture(self, image: MetaTensor, written: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
         """The mask as written, brought onto the image's grid by the affines: a wrong place would show."""
@@ -161,23 +199,26 @@ class SegmentationWriter:
             None if self.hu_window is None else WINDOW_HU,
         )
 
-    def _write(self, case: str, contents: Mapping[str, nib.Nifti1Image | bytes]) -> None:
-        """All files, or none if one cannot be written."""
+    def _write(self, case: str, report: dict[str, Any], contents: Mapping[str, nib.Nifti1Image | bytes]) -> None:
+        """All files, or none if one cannot be written; the report names the others with their sizes in bytes.
+
+        They are put in place backwards, the mask last: with report and picture beside it, it is known for no input.
+        """
+        sizes = {}
         with contextlib.ExitStack() as files:
             for ending, content in contents.items():
-                hidden = files.enter_context(replacing(self._path(case, ending)))
+                path = self._path(case, ending)
+                hidden = files.enter_context(replacing(path))
                 if isinstance(content, bytes):
                     hidden.write_bytes(content)
                 else:
                     with igzip.open(hidden, "wb", compresslevel=COMPRESSION) as stream:
                         content.to_stream(stream)
+                sizes[path.name] = hidden.stat().st_size
+            hidden = files.enter_context(replacing(self._path(case, ".json")))
+            hidden.write_bytes(f"{json.dumps({**report, 'files': sizes}, indent=2)}\n".encode())
             if "_prob.nii.gz" not in contents:
-                _set_aside(self._path(case, "_prob.nii.gz"))
-
-
-def _set_aside(path: Path) -> None:
-    if path.exists():
-        os.replace(path, f"{path}.old")
+                set_aside(self._path(case, "_prob.nii.gz"))
 
 
 def versions() -> dict[str, str]:
@@ -188,91 +229,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def measure(
-    mask: NDArray[np.uint8],
-    affine: NDArray[np.float64],
-    labels: Mapping[int, str],
-    volume_range_ml: Sequence[float] | None = (500.0, 10_000.0),
-    max_spacing_mm: float = 5.0,
-) -> dict[str, Any]:
-    """Measure a mask, and tell what should make its user careful.
-
-    Args:
-        mask: label values, shape (X, Y, Z).
-        affine: from voxel index to mm in RAS, 4 × 4.
-        labels: name of each label value; "left …" and "right …" are taken for a pair.
-        volume_range_ml: plausible volume of all labels together; None: any is.
-        max_spacing_mm: largest voxel size without a warning.
-
-    Returns:
-        ``shape``, ``spacing_mm``, ``orientation`` (nibabel's axis codes), ``labels`` (by name: value, voxels,
-        volume_ml), ``total_volume_ml``, ``warnings``.
-    """
-    voxel_ml = float(abs(np.linalg.det(affine[:3, :3]))) / 1000
-    spacing = nib.affines.voxel_sizes(affine)
-    # voxels of each label in every slice along the three axes: size, place and borders follow from these
-    profiles = {name: _profiles(mask == value) for value, name in labels.items()}
-    voxels = {name: int(along[0].sum()) for name, along in profiles.items()}
-    total = sum(voxels.values()) * voxel_ml
-    warnings = [f"no voxel of {name} found" for name, count in voxels.items() if not count]
-    warnings += _border_warnings(profiles, affine)
-    warnings += _side_warnings(profiles, affine)
-    low, high = volume_range_ml or (0.0, math.inf)
-    if not low <= total <= high:
-        warnings.append(f"the total volume of {total:,.0f} mL is implausible (usual are {low:,.0f} to {high:,.0f} mL)")
-    if spacing.max() > max_spacing_mm + 1e-3:
-        warnings.append(f"slices {spacing.max():.1f} mm apart: borders are uncertain above {max_spacing_mm:g} mm")
-    return {
-        "shape": list(mask.shape),
-        "spacing_mm": [round(float(s), 5) for s in spacing],
-        "orientation": "".join(nib.aff2axcodes(affine)),
-        "labels": {
-            name: {"value": value, "voxels": voxels[name], "volume_ml": round(voxels[name] * voxel_ml, 2)}
-            for value, name in labels.items()
-        },
-        "total_volume_ml": round(total, 2),
-        "warnings": warnings,
-    }
-
-
-Profiles = list[NDArray[np.int64]]
-
-
-def _profiles(region: NDArray[np.bool_]) -> Profiles:
-    return [region.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
-
-
-def _border_warnings(profiles: Mapping[str, Profiles], affine: NDArray[np.float64]) -> list[str]:
-    found = []
-    ends = nib.aff2axcodes(affine)
-    starts = [_OPPOSITE[end] for end in ends]
-    for name, along in profiles.items():
-        sides = [_SIDES[starts[axis]] for axis in range(3) if along[axis][0]]
-        sides += [_SIDES[ends[axis]] for axis in range(3) if along[axis][-1]]
-        if sides:
-            words = ", ".join(sorted(sides))
-            found.append(f"{name} touches the border of the image ({words}): its volume may be incomplete")
-    return found
-
-
-def _side_warnings(profiles: Mapping[str, Profiles], affine: NDArray[np.float64]) -> list[str]:
-    """Left and right organs whose centres of mass, along the patient's right, are in the wrong order."""
-    found = []
-    for name in profiles:
-        other = name.replace("left ", "right ", 1)
-        if other == name or other not in profiles or not profiles[name][0].any() or not profiles[other][0].any():
-            continue
-        if _centre(profiles[name], affine)[0] >= _centre(profiles[other], affine)[0]:
-            found.append(f"{name} is not on the left of {other}: check the orientation of the image")
-    return found
-
-
-def _centre(along: Profiles, affine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centre of mass in mm, RAS."""
-    index = [np.average(np.arange(len(counts)), weights=counts) for counts in along]
-    return affine[:3, :3] @ index + affine[:3, 3]
 
 
 def _own_affine(image: MetaTensor, pred: MetaTensor) -> NDArray[np.float64]:

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from monai.transforms import generate_spatial_bounding_box
 
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import replacing
+from med3d_nets.files import replacing, set_aside
+from med3d_nets.processes import gather, rank
 
 Scores = dict[str, float]
 
@@ -95,7 +94,7 @@ class CaseScores:
         summary = {name: _summarise(name, cases) for name in self.labels.values()}
         means = [one["dice"]["mean"] for one in summary.values() if one["dice"]["mean"] is not None]
         engine.state.metrics["mean_dice"] = statistics.fmean(means) if means else math.nan
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if rank() != 0:
             return
         report = {"summary": summary, "tolerance_mm": self.tolerance_mm, "cases": cases, "failed": failed}
         self._write("scores.csv", _csv(cases) if cases else None)
@@ -108,8 +107,8 @@ class CaseScores:
         if content is not None:
             with replacing(path) as hidden:
                 hidden.write_text(content)
-        elif path.exists():
-            os.replace(path, f"{path}.old")
+        else:
+            set_aside(path)
 
 
 def score(pred: torch.Tensor, label: torch.Tensor, affine: np.ndarray, tolerance_mm: float) -> Scores:
@@ -163,15 +162,6 @@ def _summarise(name: str, cases: Mapping[str, Mapping[str, Scores]]) -> dict[str
             "cases": len(values),
         }
     return summary
-
-
-def gather(mine: dict[str, Any]) -> dict[str, Any]:
-    """The items of all processes, sorted by key."""
-    parts: list[Any] = [mine]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-    return dict(sorted(item for part in parts for item in part.items()))
 
 
 def _csv(cases: Mapping[str, Mapping[str, Scores]]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from med3d_nets import SegmentationNet, results
+from med3d_nets import SegmentationNet, files, results
 from tests.bundle_runs import (
     BY_HU,
     ENDINGS,
@@ -160,7 +160,7 @@ def test_no_space_to_write(full_at: str, tmp_path: Path, monkeypatch: pytest.Mon
     where: dict[str, tuple[Any, str]] = {
         "save": (results.nib.Nifti1Image, "to_stream"),
         "write": (results.Path, "write_bytes"),
-        "rename": (results.os, "replace"),
+        "rename": (files.os, "replace"),
     }
     monkeypatch.setattr(*where[full_at], full)
     message = refusal(path, tmp_path / "out", **BY_HU)
@@ -215,7 +215,7 @@ def test_one_bad_case_does_not_stop_the_others(tmp_path: Path, capfd: pytest.Cap
     shutil.move(truncated(tmp_path), folder / "b.nii.gz")
     message = refusal(folder, tmp_path / "out", **BY_HU)
     assert_clear(message, f"1 of 3 cases failed:\n  b: {folder / 'b.nii.gz'}: cannot be read")
-    assert names(tmp_path / "out") == {f"{case}_seg{ending}" for case in "ac" for ending in ENDINGS}
+    assert names(tmp_path / "out") == {f"{case}_seg{ending}" for case in "ac" for ending in ENDINGS} | {"summary.csv"}
     assert "2 of 3 cases done" in capfd.readouterr().out
 
 

@@ -79,7 +79,7 @@ def test_command_gives_what_is_computed_by_hand(encoder: Path, volume: np.ndarra
         assert found[stage].dtype == np.float32
         np.testing.assert_allclose(found[stage], expected.mean(dim=(0, 2, 3, 4)), rtol=1e-3, atol=1e-5)
     assert np.array_equal(found["embedding"], found["layer4"]) and found["embedding"].std() > 0.01
-    assert set(found) == {*STAGES, "embedding", "map_layer2", "map_layer4", "affine_layer2", "affine_layer4"}
+    assert set(found) == {*STAGES, "embedding", "origin", "map_layer2", "map_layer4", "affine_layer2", "affine_layer4"}
     assert found["map_layer4"].dtype == np.float16
     np.testing.assert_allclose(found["map_layer4"], maps[4][0], rtol=5e-3, atol=5e-3)
     np.testing.assert_allclose(found["affine_layer4"], np.diag([16.0, 16.0, 16.0, 1.0]))
@@ -105,7 +105,7 @@ def test_every_form_and_orientation_of_a_volume_gives_one_embedding(
     write_nifti(tmp_path / "in" / "turned.nii", np.asarray(turned.dataobj), turned.affine)
     extract(tmp_path / "in", tmp_path / "out", encoder)
     first = features(tmp_path / "out", "nifti")["embedding"]
-    assert set(features(tmp_path / "out", "nifti")) == {*STAGES, "embedding"}
+    assert set(features(tmp_path / "out", "nifti")) == {*STAGES, "embedding", "origin"}
     for case in ("nrrd", "series", "turned"):
         np.testing.assert_allclose(features(tmp_path / "out", case)["embedding"], first, rtol=1e-4, atol=1e-5)
     assert list(read_table(tmp_path / "out" / "embeddings.csv")) == ["nifti", "nrrd", "series", "turned"]

@@ -29,8 +29,9 @@ from monai.transforms import (
 from med3d_nets import results
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvaluator, CaseEvents
+from med3d_nets.measures import measure
 from med3d_nets.preview import WINDOW_HU, render_preview
-from med3d_nets.results import SegmentationWriter, measure
+from med3d_nets.results import SegmentationWriter
 
 LABELS = {"1": "left lung", "2": "right lung"}
 NAMES = {1: "left lung", 2: "right lung"}
@@ -205,7 +206,12 @@ def test_a_bad_case_does_not_stop_the_others(
         )
     assert events == ["bad", "odd", "done"] * 2
     made = {f"{case}_seg{ending}" for case in "az" for ending in (".nii.gz", ".json", ".png")}
-    assert {path.name for path in out.iterdir()} == made | {"bad_seg.nii.gz.old", "bad_seg.json.old"}
+    assert {path.name for path in out.iterdir()} == made | {
+        "summary.csv",
+        "summary.csv.old",
+        "bad_seg.nii.gz.old",
+        "bad_seg.json.old",
+    }
     assert json.loads((out / "a_seg.json").read_text())["case"] == "a"
     printed = capfd.readouterr()
     assert "[1/4] a\n" in printed.out and "[4/4] z\n" in printed.out and "2 of 4 cases done" in printed.out

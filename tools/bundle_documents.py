@@ -22,7 +22,8 @@ from tools.bundle_folder import Bundle, Fault, merge
 REQUIRED = ("LICENSE", "configs/metadata.json", "configs/inference.json", "docs/README.md")
 PREFERRED = (
     *("configs/train.json", "configs/evaluate.json", "configs/multi_gpu_train.json"),
-    *("configs/multi_gpu_evaluate.json", "configs/logging.conf", "docs/data_license.txt", "large_files.yml"),
+    *("configs/multi_gpu_evaluate.json", "configs/multi_gpu_inference.json", "configs/logging.conf"),
+    *("docs/data_license.txt", "large_files.yml"),
 )
 _HASH_KEYS = ("path", "url", "hash_val", "hash_type")
 _RUN_OPTIONS = set(inspect.signature(monai.bundle.run).parameters)

@@ -20,6 +20,7 @@ WORKFLOWS: dict[str, tuple[str, ...]] = {
     "inference": ("inference",),
     "evaluate": ("evaluate",),
     "train": ("train",),
+    "multi_gpu_inference": ("inference", "multi_gpu_inference"),
     "multi_gpu_evaluate": ("evaluate", "multi_gpu_evaluate"),
     "multi_gpu_train": ("train", "multi_gpu_train"),
 }
