@@ -93,10 +93,10 @@ class CaseEvaluator(SupervisedEvaluator):
         self.state.failed = {name: self.state.failed[name] for name in names if name in self.state.failed}
         self.fire_event(CaseEvents.ALL_CASES_DONE)
         print(f"{len(todo) - len(self.state.failed)} of {len(todo)} cases done", flush=True)
-        failed = [item for part in parts(self.state.failed) for item in part.items()]
-        count = sum(parts(len(names)))
+        everyone = parts((len(names), self.state.failed))
+        failed = {name: reason for _, part in everyone for name, reason in part.items()}
         if failed and rank() == 0:
-            raise InputError(_summary(dict(failed), count))
+            raise InputError(_summary(failed, sum(count for count, _ in everyone)))
 
     def _run_cases(self, dataset: Any, names: dict[int, str], global_epoch: int) -> None:
         """Run the cases of a dataset whose indices and names are given."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,28 +13,13 @@ import pytest
 import torch
 
 from med3d_nets.segmentation import SegmentationNet
-from tests.small_training import BUNDLE, SPACING, config, run_config, small, write_dataset
-
-TIMEOUT = 900  # seconds; a deadlock would take for ever
+from tests.small_training import BUNDLE, SPACING, run_config, small, write_dataset
+from tests.torchrun import torchrun as run_processes
 
 
 def torchrun(folder: Path, configs: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run configs of the bundle in two processes; options that are no command line's go through a config."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "options.json").write_text(json.dumps(options))
-    files = [*map(config, configs), str(folder / "options.json")]
-    meta = str(BUNDLE / "configs" / "metadata.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", "--config_file", str(files), "--meta_file", meta]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    """Run configs of the bundle in two processes."""
+    return run_processes(folder, BUNDLE, configs, **options)
 
 
 def train(folder: Path, data: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -154,7 +136,7 @@ def test_evaluation_shares_the_cases_out(trained: Path, tmp_path: Path) -> None:
     options = evaluation(data, trained)
     two = torchrun(tmp_path, ["evaluate", "multi_gpu_evaluate"], output_dir=str(tmp_path / "two"), **options)
     assert two.returncode != 0, two.stdout
-    assert "Error: 1 of 2 cases failed" in two.stdout and "chest1.nii.gz" in two.stdout
+    assert "Error: 1 of 4 cases failed" in two.stdout and "chest1.nii.gz" in two.stdout
     with pytest.raises(Exception, match="Failed to evaluate"):
         run_config("evaluate", output_dir=str(tmp_path / "one"), **options)
     assert (tmp_path / "two" / "scores.csv").read_text() == (tmp_path / "one" / "scores.csv").read_text()

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.feature_runs import BUNDLE, SMALL, config, read_table, run, write_dataset, write_encoder
+from tests.feature_runs import BUNDLE, SMALL, read_table, run, write_dataset, write_encoder
 from tests.small_training import scalars
+from tests.torchrun import torchrun as run_processes
 
 pytestmark = pytest.mark.slow
 
@@ -29,21 +25,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 def torchrun(folder: Path, name: str, **options: Any) -> str:
     """Run a config and its multi_gpu overlay in two processes; return what they print."""
-    (folder / f"{name}.json").write_text(json.dumps({"bundle_root": str(BUNDLE), **options}))
-    files = [config(name), config(f"multi_gpu_{name}"), str(folder / f"{name}.json")]
-    meta = str(BUNDLE / "configs" / "metadata.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", "--config_file", str(files), "--meta_file", meta]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=600)  # seconds; a deadlock would take for ever
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    return output
+    done = run_processes(folder, BUNDLE, [name, f"multi_gpu_{name}"], **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def test_training_and_evaluation(folder: Path) -> None:

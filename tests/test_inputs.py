@@ -352,6 +352,53 @@ def test_find_cases_refuses(name: str, words: list[str], tmp_path: Path) -> None
         assert word in str(caught.value)
 
 
+def table(folder: Path, text: str) -> Path:
+    (folder / "list.csv").write_text(text, encoding="utf-8")
+    return folder / "list.csv"
+
+
+def test_find_cases_of_a_table(tmp_path: Path) -> None:
+    """Relative and absolute paths, a DICOM folder, names given or made; the order is the table's."""
+    write_slices(tmp_path / "s")
+    for folder in ("elsewhere", "sub"):
+        (tmp_path / folder).mkdir()
+    other = write_nifti(tmp_path / "elsewhere" / "b.nii.gz")
+    write_nifti(tmp_path / "sub" / "a.nii.gz")
+    text = f"image,note\nsub/a.nii.gz,x\n{other},\ns,y\n"
+    images = [str(path) for path in (tmp_path / "sub" / "a.nii.gz", other, tmp_path / "s")]
+    assert find_cases(table(tmp_path, text)) == [
+        {"image": image, "case": case} for image, case in zip(images, ("a", "b", "s"), strict=True)
+    ]
+    named = f"case,image\np 3,{other}\np-1,s\n"
+    assert [(one["case"], one["image"]) for one in find_cases(table(tmp_path, named))] == [
+        ("p 3", images[1]),
+        ("p-1", images[2]),
+    ]
+
+
+TABLES = {
+    "no column": ("path\na.nii\n", r"list.csv: has no column image. Its columns: path. Needed: image"),
+    "empty": ("", r"list.csv: has no column image. Its columns: none"),
+    "no row": ("image,case\n", r"list.csv: has no row below its header"),
+    "no image": ("image,case\na.nii,x\n,y\n", r"list.csv, line 3: no image in this row"),
+    "no case": ("image,case\na.nii,x\na.nii,\n", r"list.csv, line 3: no case in this row"),
+    "case twice": ("image,case\na.nii,x\na.nii,X\n", r"list.csv, line 3: the case 'X' is that of line 2 too"),
+    "case with a path": ("image,case\na.nii,../x\n", r"list.csv, line 2: '../x' cannot be part of a file's name"),
+    "absent": ("image\na.nii\nb.nii\n", r"list.csv, line 3: .*b.nii does not exist. Allowed as image: .*relative"),
+    "no volume": ("image\nlist.csv\n", r"list.csv, line 2: .*list.csv is no volume. Allowed as image: .*DICOM series"),
+    "folder without volume": ("image\nempty\n", r"list.csv, line 2: .*empty is no volume"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_find_cases_refuses_a_table(name: str, tmp_path: Path) -> None:
+    text, words = TABLES[name]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.nii").write_bytes(b"")
+    with pytest.raises(InputError, match=words):
+        find_cases(table(tmp_path, text))
+
+
 def test_missing_key_follows_the_flag() -> None:
     assert LoadVolumed("image", allow_missing_keys=True)({"other": 1}) == {"other": 1}
     with pytest.raises(KeyError):

@@ -15,7 +15,7 @@ import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import Compose, MapTransform
 
-from med3d_nets import scores
+from med3d_nets import processes
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvaluator
 from med3d_nets.scores import CaseScores, score
@@ -204,15 +204,16 @@ def test_the_first_of_two_processes_writes_all(tmp_path: Path, monkeypatch: pyte
     other = strict_json(tmp_path / "other" / "scores.json")["cases"]
 
     def gather(parts: list[Any], mine: dict[str, Any]) -> None:
-        parts[:] = [mine, other if "a" in mine else {"broken": "reason"}]
+        failed = {"broken": "reason"}
+        parts[:] = [mine, (2, failed) if isinstance(mine, tuple) else other if "a" in mine else failed]
 
-    monkeypatch.setattr(scores.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(scores.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(scores.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(scores.dist, "all_gather_object", gather)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes.dist, "all_gather_object", gather)
     run(tmp_path / "first", {"a": 0})
     report = strict_json(tmp_path / "first" / "scores.json")
     assert list(report["cases"]) == ["a", "b"] and report["failed"] == {"broken": "reason"}
-    monkeypatch.setattr(scores.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 1)
     run(tmp_path / "second", {"a": 0})
     assert not (tmp_path / "second").exists()
