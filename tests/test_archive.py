@@ -64,7 +64,7 @@ def archive(folder: Path, cases: str = "abc") -> Path:
     """Scans that differ: each has its own part of the lungs."""
     image, affine = small_scan()
     for index, case in enumerate(cases):
-        write_volume(folder / f"{case}.nii.gz", np.where(np.arange(image.shape[2]) > 4 * index, image, 40), affine)
+        write_volume(folder / f"{case}.nii.gz", np.where(np.arange(image.shape[2]) > 4 + index, image, 40), affine)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,3 +46,15 @@ def test_training_and_evaluation(folder: Path) -> None:
     assert list(one) == list(two) and len(one) == 8
     for case, row in one.items():
         assert float(row["p_rough"]) == pytest.approx(float(two[case]["p_rough"]), abs=1e-3)
+
+
+def test_embeddings_of_both_processes_are_in_one_table(folder: Path) -> None:
+    data, out = write_dataset(folder / "data", count=2), folder / "out"
+    where = {"dataset_dir": str(data), "weights": str(write_encoder(folder / "mine.pth")), "spacing": [2.0, 2.0, 2.0]}
+    torchrun(folder, "inference", **where, output_dir=str(out))
+    run("inference", **where, output_dir=str(folder / "one"))
+    one, two = (read_table(path / "embeddings.csv") for path in (folder / "one", out))
+    assert list(one) == list(two) == ["rough0", "rough1", "smooth0", "smooth1"]
+    for case, row in one.items():
+        assert [float(row[f"e{i}"]) for i in range(5)] == pytest.approx([float(two[case][f"e{i}"]) for i in range(5)])
+    assert json.loads((out / "run.json").read_text())["cases"] == list(one)

@@ -146,6 +146,29 @@ def test_one_bad_case_does_not_stop_the_others(encoder: Path, volume: np.ndarray
     assert names == {"b_features.npz", "embeddings.csv", "run.json", *old}
 
 
+def test_finished_cases_are_skipped(encoder: Path, volume: np.ndarray, tmp_path: Path) -> None:
+    """Their embeddings are in the table; another setting, other weights or a new case are computed."""
+    scans, out = tmp_path / "in", tmp_path / "out"
+    for case in ("a", "c"):
+        write_nifti(scans / f"{case}.nii.gz", volume)
+    extract(scans, out, encoder, skip_finished=True)
+    table = (out / "embeddings.csv").read_text()
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npz")}
+    (scans / "b.nii.gz").write_bytes((scans / "a.nii.gz").read_bytes())
+    extract(scans, out, encoder, skip_finished=True)
+    assert list(read_table(out / "embeddings.csv")) == ["a", "b", "c"]
+    assert set(table.splitlines()) < set((out / "embeddings.csv").read_text().splitlines())
+    assert json.loads((out / "run.json").read_text())["cases"] == ["a", "b", "c"]
+    assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
+    os.truncate(out / "a_features.npz", 1000)
+    extract(scans, out, encoder, skip_finished=True)
+    assert [(out / name).stat().st_mtime_ns == time for name, time in sorted(times.items())] == [False, True]
+    for change in ({"clip_percentiles": [1.0, 99.0]}, {"weights": write_encoder(tmp_path / "other.pth", seed=4)}):
+        times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npz")}
+        extract(scans, out, **{"weights": encoder, "skip_finished": True, **change})
+        assert not any((out / name).stat().st_mtime_ns == time for name, time in times.items()), change
+
+
 def test_no_table_stays_when_all_cases_fail(encoder: Path, volume: np.ndarray, tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "ct.nii", volume)
     extract(path, tmp_path / "out", encoder)
