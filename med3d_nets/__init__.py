@@ -43,7 +43,7 @@ from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiD
 from med3d_nets.native_labels import NativeLabelsd
 from med3d_nets.norm import PreciseNorm
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
-from med3d_nets.processes import share_cases
+from med3d_nets.processes import join_processes, share_cases
 from med3d_nets.registry import DEPTHS, WEIGHTS
 from med3d_nets.resampling import ResampleRASd
 from med3d_nets.resnet import Med3DResNet
@@ -109,6 +109,7 @@ __all__ = [
     "fingerprints",
     "initialise",
     "is_on",
+    "join_processes",
     "known_classes",
     "latest_checkpoint",
     "load_backbone",

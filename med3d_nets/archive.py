@@ -27,7 +27,10 @@ def origin_of(image: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         ``image``, ``image_bytes`` and ``image_modified`` (of a folder: of its files together, and the latest), and
         the settings.
     """
-    stats = [path.stat() for path in _files(Path(image)) if path.exists()]
+    try:
+        stats = [path.stat() for path in _files(Path(image))]
+    except OSError:  # reading the image will tell
+        stats = []
     latest = max((stat.st_mtime for stat in stats), default=0.0)
     return json.loads(
         json.dumps(

@@ -120,7 +120,7 @@ class CaseEvaluator(SupervisedEvaluator):
         if stop.asked:
             raise SystemExit(
                 f"Asked to stop (SIGTERM): the case in hand, {self.state.case or 'none'}, is finished. Start the same "
-                "command again to go on; with skip_finished, finished cases are not run again."
+                "command again to go on; where skip_finished is on, finished cases are not run again."
             )
 
     def _run_one(self, load: Callable[[], Any], global_epoch: int) -> None:

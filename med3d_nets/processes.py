@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import zip_longest
 from types import FrameType, TracebackType
 from typing import Any
@@ -16,6 +18,32 @@ from med3d_nets.errors import InputError
 from med3d_nets.inputs import find_cases
 
 Case = dict[str, str]
+
+_LONGEST = timedelta(days=30)  # that a process may wait for the others, which have more or larger cases
+_FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+def join_processes() -> None:
+    """Join the processes that torchrun started, by gloo: no tensor is exchanged, so GPUs need no nccl and may be shared.
+
+    torchrun keeps one store of addresses over its restarts (pytorch/pytorch issue 135712), in which a restarted process
+    would find those of dead ones and wait for ever. On one machine each attempt therefore gets a part of its own; on
+    several, which count attempts apart, torchrun must be told to make a new store.
+
+    Raises:
+        InputError: restarts on several machines are asked for and torchrun was not told so.
+    """
+    told = os.environ
+    one_machine = told["LOCAL_WORLD_SIZE"] == told["WORLD_SIZE"]
+    restarts, shared = told.get("TORCHELASTIC_MAX_RESTARTS", "0"), told.get("TORCHELASTIC_USE_AGENT_STORE", "")
+    if not one_machine and restarts != "0" and shared == "True":
+        raise InputError(
+            f"With --max-restarts on several machines, a restart would hang. Set {_FRESH_STORE}=1 before torchrun on each."
+        )
+    store, number, count = next(dist.rendezvous("env://", timeout=_LONGEST))
+    if one_machine:
+        store = dist.PrefixStore(f"attempt {told.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=_LONGEST)
 
 
 def share_cases(dataset_dir: str) -> list[Case]:

@@ -125,6 +125,21 @@ def test_a_killed_process_loses_its_case_in_hand_alone(tmp_path: Path) -> None:
     assert names(out) == results("abcdefghijkl") | {"summary.csv"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("repetition", range(2))
+def test_torchrun_restarts_what_was_killed(repetition: int, tmp_path: Path) -> None:
+    """The first process is killed, whose address the others must not find again."""
+    scans, out, log = archive(tmp_path / "in", "abcdef"), tmp_path / "out", tmp_path / "log"
+    log.mkdir()
+    slow = {"network_def": {"_target_": "tests.test_archive_processes.SlowNet", "folder": str(log)}}
+    with started(tmp_path, BUNDLE, CONFIGS, restarts=1, **options(scans, out, **slow)) as process:
+        wait(process, lambda: len(list(log.glob("*_2"))) == 2 and results("ab") <= names(out))
+        os.kill(int(sorted(log.glob("*_2"))[0].name.partition("_")[0]), signal.SIGKILL)
+        output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, output
+    assert sorted(statuses(out).values()) == ["done"] * 3 + ["skipped"] * 3
+
+
 def wait(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
     end = time.monotonic() + TIMEOUT
     while not ready():

@@ -12,7 +12,7 @@ import pytest
 
 from med3d_nets import processes
 from med3d_nets.errors import InputError
-from med3d_nets.processes import StopRequest, gather_rows, share_cases
+from med3d_nets.processes import StopRequest, gather_rows, join_processes, share_cases
 from med3d_nets.stages import Stages
 
 PATIENCE = 20  # seconds
@@ -137,3 +137,11 @@ def test_the_end_of_another_process_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(processes.dist, "all_gather_object", broken)
     with pytest.raises(SystemExit, match="ended early: start the same command again"):
         gather_rows([])
+
+
+def test_restarts_on_several_machines_need_a_new_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**told, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        join_processes()
