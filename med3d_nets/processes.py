@@ -24,7 +24,9 @@ _FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun started, by gloo: no tensor is exchanged, so GPUs need no nccl and may be shared.
+    """Join the processes that torchrun started.
+
+    By gloo: no tensor is exchanged, so GPUs need no nccl and may be shared.
 
     torchrun keeps one store of addresses over its restarts (pytorch/pytorch issue 135712), in which a restarted process
     would find those of dead ones and wait for ever. On one machine each attempt therefore gets a part of its own; on
@@ -38,7 +40,8 @@ def join_processes() -> None:
     restarts, shared = told.get("TORCHELASTIC_MAX_RESTARTS", "0"), told.get("TORCHELASTIC_USE_AGENT_STORE", "")
     if not one_machine and restarts != "0" and shared == "True":
         raise InputError(
-            f"With --max-restarts on several machines, a restart would hang. Set {_FRESH_STORE}=1 before torchrun on each."
+            f"With --max-restarts on several machines, a restart would hang. Set {_FRESH_STORE}=1 before torchrun "
+            "on each."
         )
     store, number, count = next(dist.rendezvous("env://", timeout=_LONGEST))
     if one_machine:
