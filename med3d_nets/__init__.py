@@ -51,6 +51,7 @@ from med3d_nets.results import SegmentationWriter
 from med3d_nets.scores import CaseScores
 from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.switches import is_on
+from med3d_nets.tensorrt_net import with_tensorrt
 from med3d_nets.training import BestModel, Checkpoints, RandomState, latest_checkpoint
 from med3d_nets.transforms import CheckLabeld, RandMirrord
 from med3d_nets.weights import initialise, load_backbone, load_checkpoint, load_network, warn_overlap
@@ -131,4 +132,5 @@ __all__ = [
     "split_domains",
     "warn_overlap",
     "with_settings",
+    "with_tensorrt",
 ]

@@ -1,7 +1,8 @@
 """A network made ready for inference: norms folded into convolutions, channels last, bfloat16 where that pays.
 
 Float32 stays float32: outputs differ by rounding alone. bfloat16 is used on CPUs that multiply it natively (AMX, or
-AVX-512 BF16), and there only if a short timing says that it is faster.
+AVX-512 BF16), and there only if a short timing says that it is faster. With AMX convolutions take the fastest of their
+forms (``med3d_nets.kernels``). On request OpenVINO or ``torch.compile`` runs the network.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,11 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from med3d_nets.errors import InputError
+from med3d_nets.kernels import rewrite
+from med3d_nets.openvino_net import OpenVINONet
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+BACKENDS = ("torch", "openvino")
 
 _logger = logging.getLogger(__name__)
 _EDGE = 64  # voxels of the volume that is timed
@@ -30,52 +33,66 @@ class InferenceNet(nn.Module):
     """A network for inference, as ``accelerate`` makes it.
 
     Args:
-        network: folded, in its precision and on its device.
-        dtype: of its weights.
+        network: folded, on its device; changed in place.
+        dtype: of its convolutions. What else has weights, a classifier on averages, stays in float32.
+        compile: run it by ``torch.compile``, for volumes of every size.
     """
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, compile: bool = False) -> None:
         super().__init__()
-        self.network = network.to(dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        for module in network.modules():
+            if isinstance(module, _Convolution):
+                module.to(dtype)
+        if dtype == torch.bfloat16 and not compile and has_amx():
+            rewrite(network)
         self.dtype = dtype
         self.eval()
+        # of the method, because a compiled module would be a second child with the same weights
+        self._compiled = torch.compile(network.forward, dynamic=True) if compile else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map an image, (B, C, X, Y, Z), to the network's output in float32."""
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Map an image, (B, C, X, Y, Z), and what else the network takes, to its output in float32."""
         x = torch.as_tensor(x).as_subclass(torch.Tensor)
         x = x.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        logits: torch.Tensor = self.network(x)
+        is_real = x.device.type != "meta"  # else memory is being estimated, for which nothing need be compiled
+        logits: torch.Tensor = (self._compiled if self._compiled and is_real else self.network)(x, *args)
         return logits.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-def accelerate(network: nn.Module, precision: str = "auto") -> nn.Module:
+def accelerate(
+    network: nn.Module, precision: str = "auto", backend: str = "torch", compile: bool = False
+) -> InferenceNet | OpenVINONet:
     """Make a copy of a network that computes the same, faster. It cannot be trained.
 
     Args:
         network: with its weights loaded, on the device where it will run; not changed.
         precision: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a CPU that multiplies it natively and where it
             is faster. On CUDA ``auto`` is float32, for mixed precision is the evaluator's ``amp``.
+        backend: ``torch``, or ``openvino``: by that package, which must be installed, on a CPU and in float32.
+        compile: compile the network at its first pass, on either device; that takes longer than a scan.
 
     Returns:
         The network for inference, in evaluation mode.
 
     Raises:
-        InputError: precision is none of these.
+        InputError: precision or backend is none of these, openvino is missing, or it cannot do what is asked for.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision={precision!r}: allowed are {', '.join(PRECISIONS)}.")
+    _check("precision", precision, PRECISIONS)
+    _check("backend", backend, BACKENDS)
     folded = copy.deepcopy(network).eval().requires_grad_(False)
     fold_norms(folded)
-    if precision == "bfloat16":
-        return InferenceNet(folded, torch.bfloat16)
-    plain = InferenceNet(folded, torch.float32)
     first = next(folded.parameters(), None)
-    if precision == "float32" or first is None or first.device.type != "cpu" or not multiplies_bfloat16():
-        return plain
-    short = InferenceNet(copy.deepcopy(folded), torch.bfloat16)
-    slow, fast = _seconds(plain), _seconds(short)
-    _logger.info("A pass takes %.0f ms in float32 and %.0f ms in bfloat16.", 1000 * slow, 1000 * fast)
-    return short if fast < slow else plain
+    on_cpu = first is not None and first.device.type == "cpu"
+    if backend == "openvino":
+        if precision == "bfloat16" or compile or not on_cpu:
+            raise InputError("backend='openvino' runs on the CPU, in float32 and without compile; leave it at torch.")
+        return OpenVINONet(folded, _channels(folded))
+    if precision == "bfloat16":
+        return InferenceNet(folded, torch.bfloat16, compile)
+    if precision == "float32" or not on_cpu or not multiplies_bfloat16():
+        return InferenceNet(folded, torch.float32, compile)
+    return _faster(folded, compile)
 
 
 def fold_norms(module: nn.Module) -> None:
@@ -99,17 +116,43 @@ def fold_norms(module: nn.Module) -> None:
 
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for it; elsewhere it is emulated, far slower than float32."""
-    checks: tuple[Callable[[], Any] | None, ...] = tuple(
-        getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    )
-    return any(bool(check()) for check in checks if check)
+    return has_amx() or _has("_is_avx512_bf16_supported")
+
+
+def has_amx() -> bool:
+    """Whether the CPU multiplies tiles."""
+    return _has("_is_amx_tile_supported")
+
+
+def _has(name: str) -> bool:
+    """What torch says of the CPU; no in versions that cannot tell."""
+    return bool(getattr(torch.cpu, name, bool)())
+
+
+def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value!r}: allowed are {', '.join(allowed)}.")
+
+
+def _faster(folded: nn.Module, compile: bool) -> InferenceNet:
+    """The network in float32 or in bfloat16, as a timing without compilation says."""
+    short = InferenceNet(copy.deepcopy(folded), torch.bfloat16)
+    plain = InferenceNet(folded, torch.float32)
+    slow, fast = _seconds(plain), _seconds(short)
+    _logger.info("A pass takes %.0f ms in float32 and %.0f ms in bfloat16.", 1000 * slow, 1000 * fast)
+    best = short if fast < slow else plain
+    return InferenceNet(folded, best.dtype, compile) if compile else best
+
+
+def _channels(network: nn.Module) -> int:
+    """Channels of a network's input: those of its first convolution."""
+    return next(conv for conv in network.modules() if isinstance(conv, nn.Conv3d)).in_channels
 
 
 @torch.inference_mode()
 def _seconds(network: InferenceNet) -> float:
     """Time of a pass over a small volume, the better of two after one that warms up."""
-    channels = next(conv for conv in network.modules() if isinstance(conv, nn.Conv3d)).in_channels
-    x = torch.zeros(1, channels, _EDGE, _EDGE, _EDGE)
+    x = torch.zeros(1, _channels(network), _EDGE, _EDGE, _EDGE)
     times = []
     for _ in range(3):
         start = time.perf_counter()

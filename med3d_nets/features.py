@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from torch import nn
 
+from med3d_nets.acceleration import InferenceNet
 from med3d_nets.archive import origin_of
 from med3d_nets.embedding import STAGES, EmbeddingNet
 from med3d_nets.errors import InputError
@@ -49,7 +50,7 @@ class FeatureWriter:
 
     Args:
         output_dir: folder for the files, made when the first case starts.
-        network: the EmbeddingNet.
+        network: the EmbeddingNet that runs, also as ``accelerate`` made it.
         weights: file of its weights, whose hash goes into ``run.json``.
         record: what else ``run.json`` tells and shapes a result: the bundle, the spacing, the normalisation and so on.
         maps: also write feature maps.
@@ -63,7 +64,7 @@ class FeatureWriter:
     def __init__(
         self,
         output_dir: str | Path,
-        network: EmbeddingNet,
+        network: EmbeddingNet | InferenceNet,
         weights: str | Path,
         record: Mapping[str, Any],
         maps: bool = False,
@@ -75,7 +76,7 @@ class FeatureWriter:
         if unknown:
             raise InputError(f"map_stages: there is no {', '.join(unknown)}; allowed are {', '.join(STAGES)}.")
         self.output_dir = Path(output_dir).expanduser()
-        self.network = network
+        self.network: Any = network.network if isinstance(network, InferenceNet) else network
         self.weights = Path(weights)
         self.record = dict(record)
         self.map_stages = stages if maps else []
