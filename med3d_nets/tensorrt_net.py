@@ -33,11 +33,15 @@ def with_tensorrt(network: nn.Module, weights: str | Path, args: Mapping[str, An
     Raises:
         InputError: there is no NVIDIA GPU, or a package is missing.
     """
-    missing = [] if torch.cuda.is_available() else ["an NVIDIA GPU that PyTorch sees"]
-    missing += [f"the package {name}" for name in _PACKAGES if find_spec(name) is None]
+    missing = _missing()
     if missing:
         raise InputError(
             f"inference_trt.json: TensorRT cannot run here. Missing: {', '.join(missing)}. "
             "Install what is missing, or run without this overlay."
         )
     return trt_compile(network, str(weights), args=dict(args), submodule="backbone")
+
+
+def _missing() -> list[str]:
+    missing = [] if torch.cuda.is_available() else ["an NVIDIA GPU that PyTorch sees"]
+    return missing + [f"the package {name}" for name in _PACKAGES if find_spec(name) is None]

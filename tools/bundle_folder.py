@@ -18,6 +18,7 @@ from torch import nn
 
 WORKFLOWS: dict[str, tuple[str, ...]] = {
     "inference": ("inference",),
+    "inference_trt": ("inference", "inference_trt"),
     "evaluate": ("evaluate",),
     "train": ("train",),
     "multi_gpu_inference": ("inference", "multi_gpu_inference"),
