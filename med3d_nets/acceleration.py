@@ -26,6 +26,7 @@ BACKENDS = ("torch", "openvino")
 
 _logger = logging.getLogger(__name__)
 _EDGE = 64  # voxels of the volume that is timed
+_COMPILER = ("torch._dynamo", "torch._inductor")  # by name: to import their exceptions takes a second
 _Convolution = (nn.Conv3d, nn.ConvTranspose3d)
 
 
@@ -49,15 +50,31 @@ class InferenceNet(nn.Module):
         self.dtype = dtype
         self.eval()
         # of the method, because a compiled module would be a second child with the same weights
-        self._compiled = torch.compile(network.forward, dynamic=True) if compile else None
+        self._compiled: Any = torch.compile(network.forward, dynamic=True) if compile else None
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """Map an image, (B, C, X, Y, Z), and what else the network takes, to its output in float32."""
         x = torch.as_tensor(x).as_subclass(torch.Tensor)
         x = x.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        is_real = x.device.type != "meta"  # else memory is being estimated, for which nothing need be compiled
-        logits: torch.Tensor = (self._compiled if self._compiled and is_real else self.network)(x, *args)
+        logits = self._run(x, *args)
         return logits.to(dtype=torch.float32, memory_format=torch.contiguous_format)
+
+    def _run(self, *args: Any) -> torch.Tensor:
+        """By the compiled network, but not where memory is estimated, nor again once it could not be compiled.
+
+        torch 2.13 fails at some shapes of which two edges are alike, with an error of its own.
+        """
+        if self._compiled and args[0].device.type != "meta":
+            try:
+                return self._compiled(*args)
+            except RuntimeError as error:
+                if not type(error).__module__.startswith(_COMPILER):
+                    raise
+                reason = str(error).partition("\n")[0]
+                _logger.warning("The network could not be compiled and runs as it is (%s).", reason)
+                self._compiled = None
+        logits: torch.Tensor = self.network(*args)
+        return logits
 
 
 def accelerate(
@@ -70,7 +87,8 @@ def accelerate(
         precision: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a CPU that multiplies it natively and where it
             is faster. On CUDA ``auto`` is float32, for mixed precision is the evaluator's ``amp``.
         backend: ``torch``, or ``openvino``: by that package, which must be installed, on a CPU and in float32.
-        compile: compile the network at its first pass, on either device; that takes longer than a scan.
+        compile: compile the network at its first pass, on either device; that takes longer than a scan. Where it
+            cannot be compiled, a warning says so and it runs as it is.
 
     Returns:
         The network for inference, in evaluation mode.

@@ -144,7 +144,7 @@ def unfolded(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
         x: (B, 1, X, Y, Z).
         conv: of one input channel, no dilation, and the same stride and padding along all axes.
     """
-    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     beyond = -kernel % 8
     count = (x.shape[4] + 2 * padding - kernel) // stride + 1
     padded = F.pad(x[:, 0], (padding, padding + beyond, padding, padding, padding, padding))

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from med3d_nets import (
     ClassificationNet,
@@ -86,12 +87,40 @@ def test_compiled() -> None:
     compiled, calls = fast._compiled, []
     fast._compiled = lambda *args: calls.append(args[0].device.type) or compiled(*args)
     assert bytes_per_voxel(fast) == bytes_per_voxel(accelerate(network, "float32")) and calls == []
-    for shape in ((32, 32, 16), (48, 16, 32)):
+    for shape in ((48, 32, 16), (32, 16, 64)):
         x = torch.randn(1, 1, *shape)
         found, wanted = WholeVolumeInferer()(x, fast), WholeVolumeInferer()(x, network)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         assert torch.equal(found.argmax(dim=1), wanted.argmax(dim=1))
-    assert calls == ["cpu", "cpu"]
+    assert calls == ["cpu", "cpu"] and fast._compiled is not None
+
+
+@torch.inference_mode()
+def test_what_cannot_be_compiled_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    network, x = trained(SegmentationNet(10, 2)), torch.randn(1, 1, 16, 16, 16)
+    fast = accelerate(network, "float32", compile=True)
+
+    def fail(*args: torch.Tensor) -> torch.Tensor:
+        raise TorchDynamoException("invalid ranges\nand more")
+
+    fast._compiled = fail
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), network(x), rtol=0, atol=1e-5)
+    assert [record.message for record in caplog.records] == [
+        "The network could not be compiled and runs as it is (invalid ranges)."
+    ]
+
+
+@torch.inference_mode()
+def test_other_errors_of_a_compiled_network_are_raised() -> None:
+    fast = accelerate(SegmentationNet(10, 2), "float32", compile=True)
+
+    def fail(*args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not enough memory")
+
+    fast._compiled = fail
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        fast(torch.zeros(1, 1, 16, 16, 16))
 
 
 @torch.inference_mode()

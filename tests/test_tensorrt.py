@@ -1,4 +1,4 @@
-"""The overlay for TensorRT, as far as it goes without an NVIDIA GPU: it parses, fits its base, and tells what misses."""
+"""The overlay for TensorRT, as far as it goes without a GPU: it parses, fits its base, tells what is missing."""
 
 from __future__ import annotations
 
