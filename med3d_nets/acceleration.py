@@ -36,7 +36,7 @@ class InferenceNet(nn.Module):
     Args:
         network: folded, on its device; changed in place.
         dtype: of its convolutions. What else has weights, a classifier on averages, stays in float32.
-        compile: run it by ``torch.compile``, for volumes of every size.
+        compile: run it by ``torch.compile``, which compiles it anew for every size.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, compile: bool = False) -> None:
@@ -49,32 +49,29 @@ class InferenceNet(nn.Module):
             rewrite(network)
         self.dtype = dtype
         self.eval()
-        # of the method, because a compiled module would be a second child with the same weights
-        self._compiled: Any = torch.compile(network.forward, dynamic=True) if compile else None
+        # The method, because a compiled module would be a second child with the same weights; anew for every size,
+        # because torch 2.13 cannot compile these networks for all at once ("Invalid ranges").
+        self._compiled: Any = torch.compile(self._run, dynamic=False) if compile else None
 
     def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
         """Map an image, (B, C, X, Y, Z), and what else the network takes, to its output in float32."""
         x = torch.as_tensor(x).as_subclass(torch.Tensor)
-        x = x.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        logits = self._run(x, *args)
-        return logits.to(dtype=torch.float32, memory_format=torch.contiguous_format)
-
-    def _run(self, *args: Any) -> torch.Tensor:
-        """By the compiled network, but not where memory is estimated, nor again once it could not be compiled.
-
-        torch 2.13 fails at some shapes of which two edges are alike, with an error of its own.
-        """
-        if self._compiled and args[0].device.type != "meta":
+        if self._compiled and x.device.type != "meta":  # that of an estimate of memory
             try:
-                return self._compiled(*args)
+                logits: torch.Tensor = self._compiled(x, *args)
+                return logits
             except RuntimeError as error:
                 if not type(error).__module__.startswith(_COMPILER):
                     raise
                 reason = str(error).partition("\n")[0]
                 _logger.warning("The network could not be compiled and runs as it is (%s).", reason)
                 self._compiled = None
-        logits: torch.Tensor = self.network(*args)
-        return logits
+        return self._run(x, *args)
+
+    def _run(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        x = x.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        logits: torch.Tensor = self.network(x, *args)
+        return logits.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def accelerate(
@@ -87,8 +84,8 @@ def accelerate(
         precision: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a CPU that multiplies it natively and where it
             is faster. On CUDA ``auto`` is float32, for mixed precision is the evaluator's ``amp``.
         backend: ``torch``, or ``openvino``: by that package, which must be installed, on a CPU and in float32.
-        compile: compile the network at its first pass, on either device; that takes longer than a scan. Where it
-            cannot be compiled, a warning says so and it runs as it is.
+        compile: compile the network at the first pass of every size, on either device; that takes longer than a scan.
+            Where it cannot be compiled, a warning says so and it runs as it is.
 
     Returns:
         The network for inference, in evaluation mode.

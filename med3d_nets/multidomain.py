@@ -130,7 +130,8 @@ class CoTraining(nn.Module):
 
     def __init__(self, network: MultiDomainNet, frozen_stages: int = 0) -> None:
         super().__init__()
-        self.network = network
+        # Channels last: the same sums, a few per cent faster.
+        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.frozen_stages = int(frozen_stages)
         self.freeze_norm = False
         freeze_stages(network.backbone, self.frozen_stages)
@@ -156,7 +157,7 @@ class CoTraining(nn.Module):
             Logits of each image, (classes of its domain, X, Y, Z).
         """
         net = self.network
-        features = net.backbone(x)
+        features = net.backbone(x.contiguous(memory_format=torch.channels_last_3d))
         logits: list[torch.Tensor] = [x] * len(domains)
         for domain in dict.fromkeys(domains):
             own = [index for index, name in enumerate(domains) if name == domain]
