@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -35,6 +37,25 @@ def test_a_mixed_batch_gives_each_sample_its_branch(net: MultiDomainNet) -> None
     whole = net(x)
     for index, part in enumerate((slice(2, 5), slice(0, 2), slice(2, 5))):
         torch.testing.assert_close(logits[index], whole[index, part])
+
+
+def test_a_step_is_that_of_the_plain_network() -> None:
+    """Channels last changes neither the loss nor a gradient beyond rounding, and no name of a weight."""
+    plain = MultiDomainNet(10, DOMAINS, head="fpn").train()
+    x, label = torch.randn(2, 1, 24, 32, 16), torch.randint(0, 2, (2, 1, 24, 32, 16))
+    training = CoTraining(copy.deepcopy(plain)).train()
+    losses = []
+    for logits in (plain(x)[:, :2], training(x, ["liver", "liver"])):
+        losses.append(DomainLoss()(list(logits), label))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    wanted = {name: value.grad for name, value in plain.named_parameters() if "hippocampus" not in name}
+    found = {name: value.grad for name, value in training.network.named_parameters() if "hippocampus" not in name}
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-3 * float(gradient.abs().max()), msg=name)
+    assert training.network.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert training.network.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_a_sample_trains_its_own_branch_alone() -> None:
