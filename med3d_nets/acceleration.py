@@ -18,8 +18,11 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from med3d_nets.errors import InputError
+from med3d_nets.heads import FPNHead
 from med3d_nets.kernels import rewrite
 from med3d_nets.openvino_net import OpenVINONet
+from med3d_nets.resnet import Med3DResNet
+from med3d_nets.slab_net import SlabNet
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 BACKENDS = ("torch", "openvino")
@@ -103,6 +106,8 @@ def accelerate(
         if precision == "bfloat16" or compile or not on_cpu:
             raise InputError("backend='openvino' runs on the CPU, in float32 and without compile; leave it at torch.")
         return OpenVINONet(folded, _channels(folded))
+    if not compile:  # which would compile each number of slabs anew
+        folded = in_slabs(folded)
     if precision == "bfloat16":
         return InferenceNet(folded, torch.bfloat16, compile)
     if precision == "float32" or not on_cpu or not multiplies_bfloat16():
@@ -127,6 +132,12 @@ def fold_norms(module: nn.Module) -> None:
             setattr(module, norm_name, nn.Identity())
     for child in module.children():
         fold_norms(child)
+
+
+def in_slabs(network: nn.Module) -> nn.Module:
+    """Let a network whose finest maps are its head's compute them slab by slab; others stay as they are."""
+    backbone, head = getattr(network, "backbone", None), getattr(network, "head", None)
+    return SlabNet(backbone, head) if isinstance(backbone, Med3DResNet) and isinstance(head, FPNHead) else network
 
 
 def multiplies_bfloat16() -> bool:
