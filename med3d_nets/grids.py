@@ -82,7 +82,6 @@ def slabs(
     step = max(1, _SLAB // (source.shape[0] * shape[order[1]] * shape[order[2]]))
     back = (0, *(1 + order.index(axis) for axis in range(3)))
     moved = source.permute(0, *(1 + axes.order[axis] for axis in order)) if axes else source
-    moved = moved.contiguous()  # or index_select would copy all of it for each slab
     lines = [_Line(moved.shape[1 + i], axes, axis, shape[axis], source) for i, axis in enumerate(order)] if axes else []
     last = lines[2].matrix() if lines else None
     for start in range(0, shape[order[0]], step):
@@ -91,7 +90,7 @@ def slabs(
         if last is None:
             yield where, _sampled(source, matrix, where[1:])
         else:
-            slab = lines[1].between(lines[0].between(moved, 1, part), 2)
+            slab = lines[1].between(lines[0].of_rows(moved, part), 2)
             yield where, torch.matmul(slab, last).permute(back)
 
 
@@ -123,11 +122,20 @@ class _Line:
         self.high = (self.low + 1).clamp(max=size - 1)
         self.weight = (place - low).to(like)
 
-    def between(self, x: torch.Tensor, axis: int, part: slice = slice(None)) -> torch.Tensor:
-        """Interpolate ``x`` along ``axis``, at the target voxels of ``part``."""
+    def between(self, x: torch.Tensor, axis: int, part: slice = slice(None), start: int = 0) -> torch.Tensor:
+        """Interpolate ``x``, whose voxels begin at ``start``, along ``axis``, at the target voxels of ``part``."""
         weight = self.weight[part].reshape(-1, *[1] * (x.dim() - 1 - axis))
-        low = x.index_select(axis, self.low[part])
-        return low.lerp_(x.index_select(axis, self.high[part]), weight)
+        low = x.index_select(axis, self.low[part] - start)
+        return low.lerp_(x.index_select(axis, self.high[part] - start), weight)
+
+    def of_rows(self, x: torch.Tensor, part: slice) -> torch.Tensor:
+        """Interpolate along axis 1, reading no more than the rows that ``part`` lies between.
+
+        Of a tensor that is not contiguous, ``index_select`` would copy the whole each time.
+        """
+        ends = self.low[part.start], self.low[part.stop - 1]
+        start, stop = int(min(ends)), int(max(ends)) + 2
+        return self.between(x[:, start:stop].contiguous(), 1, part, start)
 
     def matrix(self) -> torch.Tensor:
         """The same as a matrix to multiply with, (source, target): along the last axis that is fastest."""

@@ -148,7 +148,7 @@ def load_volume(path: str | Path) -> MetaTensor:
     if not path.exists():
         raise InputError(f"{path}: does not exist. Give {_FORMS}.")
     voxels, affine = read_volume(path)
-    bad = int(voxels.size - np.count_nonzero(np.isfinite(voxels)))
+    bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels.T)  # of all at once: another array
     if bad:
         raise InputError(
             f"{path}: has {bad} NaN or infinite voxels of {voxels.size}; all must be finite. "

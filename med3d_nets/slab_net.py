@@ -79,7 +79,8 @@ class SlabNet(nn.Module):
             part = coarse[:, :, first : (after - 1) // factor + 2]
             part = F.interpolate(part, scale_factor=float(factor), mode="trilinear", align_corners=False)
             part = part[:, :, before - factor * first :, : fine.shape[3], : fine.shape[4]][:, :, : after - before]
-            part = head.smooth0(part + fine[:, :, before:after])[:, :, start - before :][:, :, : stop - start]
+            part += fine[:, :, before:after]
+            part = head.smooth0(part)[:, :, start - before :][:, :, : stop - start]
             logits = head.classify(head.dropout(part))
             here = out[:, :, 2 * start : 2 * stop]
             here.copy_(logits[:, :, : here.shape[2], : here.shape[3], : here.shape[4]])

@@ -95,7 +95,8 @@ def _ours(network: nn.Module, image: str, out: Path, parts: Parts) -> None:
     with parts("read"):
         data = LoadVolumed("image")({"image": image})
     with parts("resample"):
-        data = dict(SCALE(ResampleRASd("image", SPACING)(data)))
+        data = ResampleRASd("image", SPACING)(data)
+        data = dict(SCALE(data))
     with parts("network"):
         data["pred"] = WholeVolumeInferer()(data["image"][None], network)[0]
     with parts("after"):
