@@ -7,6 +7,8 @@ pyramid nothing is needed but the logits. So neither exists whole here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from med3d_nets.heads import FPNHead, upsample
 from med3d_nets.resnet import Med3DResNet
 
-_SLAB = 1 << 23  # values of the largest map of a slab
+_SLAB = 1 << 18  # voxels of a slab at stride 2
 
 
 class SlabNet(nn.Module):
@@ -44,19 +46,19 @@ class SlabNet(nn.Module):
     def _stem(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the head needs of the stem, at stride 2, and the input of layer1, at stride 4."""
         net = self.backbone
-        fine, pooled = torch.empty(0), torch.empty(0)
+        fine = pooled = edge = torch.empty(0)
         rows = -(-x.shape[2] // 4)
-        step = max(2, _SLAB // (net.conv1.out_channels * x[0, 0, 0].numel() // 2))
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            # 4 rows of the stem before the slab: the first 2 see the convolution's padding, the last 2 are pooled with
-            first = max(0, 2 * start - 4)
-            stem = net.relu(net.bn1(net.conv1(x[:, :, 2 * first : 4 * stop + 2])))[:, :, : 2 * stop - first]
-            lateral = self.head.lateral0(stem[:, :, 2 * start - first :])
-            small = net.maxpool(stem[:, :, 2:])[:, :, 1:] if start else net.maxpool(stem)
+        for start, stop in _slabs(rows, x[0, 0, 0].numel() // 2):
+            # Of the stem's rows 2 before the slab and 1 after it see the convolution's padding.
+            first = max(0, 2 * start - 2)
+            stem = net.relu(net.bn1(net.conv1(x[:, :, 2 * first : 4 * stop + 2])))
+            stem = stem[:, :, 2 * start - first : 2 * stop - first]
+            lateral, small = self.head.lateral0(stem), net.maxpool(stem)
             if start == 0:
-                fine = _whole(lateral, -(-x.shape[2] // 2))
-                pooled = _whole(small, rows)
+                fine, pooled = _whole(lateral, -(-x.shape[2] // 2)), _whole(small, rows)
+            else:
+                small[:, :, :1] = torch.maximum(small[:, :, :1], edge)
+            edge = net.maxpool(stem[:, :, -1:])  # the next slab's first row is pooled with this one's last
             fine[:, :, 2 * start : 2 * stop] = lateral
             pooled[:, :, start:stop] = small
         return fine, pooled
@@ -71,9 +73,7 @@ class SlabNet(nn.Module):
     def _logits(self, fine: torch.Tensor, coarse: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         head, factor, rows = self.head, self.head.factors[2], fine.shape[2]
         out = x.new_empty((x.shape[0], head.classify.out_channels, *x.shape[2:]), dtype=torch.float32)
-        step = max(1, _SLAB // fine[0, :, 0].numel())
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
+        for start, stop in _slabs(rows, fine[0, 0, 0].numel()):
             before, after = max(0, start - 1), min(rows, stop + 1)  # rows that the 3³ convolution sees
             first = max(0, before // factor - 1)  # and those between which it is interpolated
             part = coarse[:, :, first : (after - 1) // factor + 2]
@@ -85,6 +85,13 @@ class SlabNet(nn.Module):
             here = out[:, :, 2 * start : 2 * stop]
             here.copy_(logits[:, :, : here.shape[2], : here.shape[3], : here.shape[4]])
         return out
+
+
+def _slabs(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where slabs start and stop, of rows that have ``size`` voxels at stride 2 each."""
+    step = max(1, _SLAB // size)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
 
 
 def _whole(slab: torch.Tensor, rows: int) -> torch.Tensor:
