@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ _LEAST = 16  # voxels: the smallest edge of a pass
 _SMALLEST = 32  # voxels: edge under which windows are not divided further
 _SHARE = 0.7  # of the free memory: the rest is for the result and for what the estimate does not know
 _FLOAT, _UNSEEN = 4, 200.0  # bytes of a value, and of a voxel where nothing is known
+_EDGE = 256  # voxels of the volume by which memory is estimated
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -138,7 +140,8 @@ def bytes_per_voxel(network: nn.Module, channels: int = 1) -> float:
     """Estimate the peak memory of a pass in inference mode, over the voxels of its input.
 
     A pass without data (device ``meta``) tells the size of all maps. At the peak there are the largest input and
-    output of one layer, the largest map that the head waits for, and the logits; kernels need half as much again.
+    output of one layer, the largest map that the head waits for, and the logits; kernels need half as much again. The
+    volume of that pass is large enough for ``SlabNet`` to divide it.
 
     Args:
         network: any network of three axes; one whose layers cannot be seen (TorchScript) counts as ``_UNSEEN``.
@@ -146,27 +149,29 @@ def bytes_per_voxel(network: nn.Module, channels: int = 1) -> float:
     """
     layers, waiting = [0], [0]
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def note_layer(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, torch.Tensor):
             read = sum(one.numel() for one in inputs if isinstance(one, torch.Tensor))
             layers.append((read + output.numel()) * _FLOAT)
-        elif isinstance(output, list):
+
+    def note_waiting(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, list):
             waiting.append(max(one.numel() for one in output) * _FLOAT)
 
     if isinstance(network, torch.jit.ScriptModule):
         return _UNSEEN
-    voxels = 64**3
-    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    states = [*network.parameters(), *network.buffers()]
     try:
-        states = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        bare = {name: torch.empty_like(value, device="meta") for name, value in states.items()}
-        logits = torch.func.functional_call(network, bare, torch.empty(1, channels, 64, 64, 64, device="meta"))
-        return 1.5 * (max(layers[:-1]) + max(waiting) + logits.numel() * _FLOAT) / voxels
-    except (RuntimeError, NotImplementedError):  # layers that cannot run without data
+        # A copy that takes states without data for copies of the network's: no memory, and the network stays untouched.
+        bare = copy.deepcopy(network, {id(state): torch.empty_like(state, device="meta") for state in states})
+        for module in bare.modules():
+            if module is not bare and not any(module.children()):
+                module.register_forward_hook(note_layer)
+            module.register_forward_hook(note_waiting)
+        logits = bare(torch.empty(1, channels, *[_EDGE] * 3, device="meta"))
+        return 1.5 * (max(layers) + max(waiting) + logits.numel() * _FLOAT) / _EDGE**3
+    except (RuntimeError, NotImplementedError, TypeError):  # layers that cannot run without data
         return _UNSEEN
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def free_memory(device: torch.device) -> float:

@@ -102,7 +102,8 @@ def _in_parts(stream: Any, proxy: ArrayProxy) -> NDArray[np.float32]:
         part = voxels[start : start + _CHUNK]
         offset = proxy.offset + start * proxy.dtype.itemsize
         part[:] = np.asanyarray(
-            ArrayProxy(stream, (part.shape, proxy.dtype, offset, proxy.slope, proxy.inter), mmap=False), dtype=np.float32
+            ArrayProxy(stream, (part.shape, proxy.dtype, offset, proxy.slope, proxy.inter), mmap=False),
+            dtype=np.float32,
         )
     return voxels
 

@@ -91,6 +91,19 @@ def test_axes_that_are_not_parallel() -> None:
     np.testing.assert_allclose(found[0], places @ [1.0, 2.0, -3.0], atol=1e-3)
 
 
+def test_crop() -> None:
+    """A crop of a larger tensor is not contiguous, in either order of its axes."""
+    image = scan("PIR", (0.9, 0.7, 2.5), (30, 41, 17), order="F")
+    matrix = map_between(
+        np.asarray(image.affine), np.asarray(scan("RAS", (1, 1, 1), (25, 33, 40)).affine), (25, 33, 40)
+    )
+    whole = image.as_tensor().repeat(3, 1, 1, 1) * torch.tensor([1.0, -2.0, 3.0]).reshape(3, 1, 1, 1)
+    large = torch.nn.functional.pad(whole, [4, 3, 2, 1, 5, 6], value=1e6)
+    for turned in (large, large.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)):
+        crop = turned[:, 5:35, 2:43, 4:21]
+        assert torch.equal(onto_grid(crop, matrix, (25, 33, 40)), onto_grid(whole, matrix, (25, 33, 40)))
+
+
 def test_clean_labels() -> None:
     noise = gaussian_filter(np.random.default_rng(3).standard_normal((40, 50, 60)), 2)
     labels = np.where(noise > 0.02, 1, np.where(noise < -0.06, 2, 0)).astype(np.uint8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from med3d_nets import InputError, SegmentationNet, WholeVolumeInferer
+from med3d_nets import InputError, SegmentationNet, WholeVolumeInferer, accelerate
 from med3d_nets import inferer as module
 from med3d_nets.inferer import bytes_per_voxel, free_memory
 
@@ -91,5 +91,31 @@ def test_memory() -> None:
     assert 100 < few < 300
     assert 115 * 4 < many - few < 115 * 20
     assert bytes_per_voxel(SegmentationNet(50, 2)) > 100
+    # By slabs, half of the stem's width waits, and of many classes' logits there is one whole map, not two.
+    slabs, wide = (bytes_per_voxel(accelerate(SegmentationNet(10, n, head="fpn"), "float32")) for n in (2, 117))
+    assert 16 + 8 < slabs < 0.6 * few
+    assert 115 * 4 < wide - slabs < 115 * 8
     assert bytes_per_voxel(torch.jit.script(SegmentationNet(10, 2))) == 200
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+
+
+@torch.inference_mode()
+def test_the_estimate_leaves_the_network_alone() -> None:
+    """A module that a network has twice, too."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Conv3d(1, 1, 3, padding=1)
+            self.other = nn.Sequential(self.one)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.other(x) + self.one(x)
+
+    x = torch.randn(1, 1, 16, 32, 48)
+    for network in (Twice(), accelerate(SegmentationNet(10, 2, head="fpn"), "float32")):
+        wanted = network(x)
+        assert bytes_per_voxel(network) < 100
+        assert {one.device.type for one in network.parameters()} == {"cpu"}
+        torch.testing.assert_close(WholeVolumeInferer()(x, network), wanted, rtol=0, atol=0)
+        assert not any(module._forward_hooks for module in network.modules())

@@ -16,6 +16,7 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.transforms import LoadImage
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from med3d_nets import volume_files
 from med3d_nets.errors import InputError
 from med3d_nets.inputs import LoadVolumed, find_cases
 
@@ -412,3 +413,24 @@ def test_real_series_and_its_gap(real_data: Path, tmp_path: Path) -> None:
     shutil.copytree(series, tmp_path / "gap", ignore=shutil.ignore_patterns("1-20.dcm"))
     with pytest.raises(InputError, match=r"missing slice.*1-21.dcm.*1-19.dcm.*gap is 10.00 mm"):
         load(tmp_path / "gap")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("scaling", [(None, None), (0.37, -1024.3)], ids=str)
+def test_voxels_read_in_parts(
+    suffix: str, dtype: type, scaling: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values are those of nibabel, to the bit, and no part is larger than it may be."""
+    monkeypatch.setattr(volume_files, "_CHUNK", 100)
+    read = []
+    parts = volume_files.ArrayProxy
+    monkeypatch.setattr(
+        volume_files, "ArrayProxy", lambda *args, **kwargs: read.append(args[1][0]) or parts(*args, **kwargs)
+    )
+    image = nib.Nifti1Image(np.abs(ct()).clip(0, 255).astype(dtype)[..., None], AFFINE)
+    image.header.set_slope_inter(*scaling)
+    nib.save(image, tmp_path / f"a{suffix}")
+    wanted = nib.load(tmp_path / f"a{suffix}").get_fdata(dtype=np.float32)
+    np.testing.assert_array_equal(load(tmp_path / f"a{suffix}")[0], wanted[..., 0])
+    assert len(read) == 10 and max(read) == (100,)
