@@ -56,12 +56,12 @@ class InferenceNet(nn.Module):
         # because torch 2.13 cannot compile these networks for all at once ("Invalid ranges").
         self._compiled: Any = torch.compile(self._run, dynamic=False) if compile else None
 
-    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map an image, (B, C, X, Y, Z), and what else the network takes, to its output in float32."""
         x = torch.as_tensor(x).as_subclass(torch.Tensor)
         if self._compiled and x.device.type != "meta":  # that of an estimate of memory
             try:
-                logits: torch.Tensor = self._compiled(x, *args)
+                logits: torch.Tensor = self._compiled(x, *args, **kwargs)
                 return logits
             except RuntimeError as error:
                 if not type(error).__module__.startswith(_COMPILER):
@@ -69,11 +69,11 @@ class InferenceNet(nn.Module):
                 reason = str(error).partition("\n")[0]
                 _logger.warning("The network could not be compiled and runs as it is (%s).", reason)
                 self._compiled = None
-        return self._run(x, *args)
+        return self._run(x, *args, **kwargs)
 
-    def _run(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x = x.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last_3d)
-        logits: torch.Tensor = self.network(x, *args)
+        logits: torch.Tensor = self.network(x, *args, **kwargs)
         return logits.to(dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
