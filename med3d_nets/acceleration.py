@@ -20,8 +20,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from med3d_nets.errors import InputError
 from med3d_nets.heads import FPNHead
 from med3d_nets.kernels import rewrite
+from med3d_nets.multidomain import DomainNet
 from med3d_nets.openvino_net import OpenVINONet
-from med3d_nets.resnet import Med3DResNet
+from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.slab_net import SlabNet
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -135,9 +136,13 @@ def fold_norms(module: nn.Module) -> None:
 
 
 def in_slabs(network: nn.Module) -> nn.Module:
-    """Let a network whose finest maps are its head's compute them slab by slab; others stay as they are."""
-    backbone, head = getattr(network, "backbone", None), getattr(network, "head", None)
-    return SlabNet(backbone, head) if isinstance(backbone, Med3DResNet) and isinstance(head, FPNHead) else network
+    """Let a network with a feature pyramid compute its finest maps slab by slab; others stay as they are.
+
+    Of our own networks alone: a subclass may compute something else.
+    """
+    if type(network) in (SegmentationNet, DomainNet) and isinstance(network.head, FPNHead):
+        return SlabNet(network.backbone, network.head)  # type: ignore[arg-type]
+    return network
 
 
 def multiplies_bfloat16() -> bool:

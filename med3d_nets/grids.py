@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 _SLAB = 1 << 19  # values of a slab: 2 MB, which stay in the cache from one step to the next
+_BLOCK = 64  # voxels of a matrix: small enough for little to be multiplied by zero, large enough for BLAS
 _PARALLEL = 1e-3  # voxels by which an axis may drift over its whole length and still be parallel
 
 
@@ -83,7 +84,7 @@ def slabs(
     back = (0, *(1 + order.index(axis) for axis in range(3)))
     moved = source.permute(0, *(1 + axes.order[axis] for axis in order)) if axes else source
     lines = [_Line(moved.shape[1 + i], axes, axis, shape[axis], source) for i, axis in enumerate(order)] if axes else []
-    last = lines[2].matrix() if lines else None
+    last = lines[2].matrices() if lines else None
     for start in range(0, shape[order[0]], step):
         part = slice(start, min(start + step, shape[order[0]]))
         where = (slice(None), *(part if axis == order[0] else slice(0, shape[axis]) for axis in range(3)))
@@ -91,7 +92,7 @@ def slabs(
             yield where, _sampled(source, matrix, where[1:])
         else:
             slab = lines[1].between(lines[0].of_rows(moved, part), 2)
-            yield where, torch.matmul(slab, last).permute(back)
+            yield where, _product(slab, last).permute(back)
 
 
 def onto_grid(source: torch.Tensor, matrix: NDArray[np.float64], shape: Sequence[int]) -> torch.Tensor:
@@ -137,13 +138,30 @@ class _Line:
         start, stop = int(min(ends)), int(max(ends)) + 2
         return self.between(x[:, start:stop].contiguous(), 1, part, start)
 
-    def matrix(self) -> torch.Tensor:
-        """The same as a matrix to multiply with, (source, target): along the last axis that is fastest."""
-        out = self.weight.new_zeros((self.size, len(self.low)))
-        column = torch.arange(len(self.low), device=out.device)
-        out[self.high, column] = self.weight
-        out[self.low, column] += 1 - self.weight
-        return out
+    def matrices(self) -> list[tuple[slice, torch.Tensor]]:
+        """The same as products with matrices, along the last axis: that is fastest.
+
+        For each block of target voxels the source voxels that it lies between and its matrix, (source, target); one
+        matrix for all would be mostly zeros.
+        """
+        found = []
+        for part in torch.arange(len(self.low), device=self.low.device).split(_BLOCK):
+            start, stop = int(self.low[part].min()), int(self.high[part].max()) + 1
+            matrix = self.weight.new_zeros((stop - start, len(part)))
+            column = part - part[0]
+            matrix[self.high[part] - start, column] = self.weight[part]
+            matrix[self.low[part] - start, column] += 1 - self.weight[part]
+            found.append((slice(start, stop), matrix))
+        return found
+
+
+def _product(x: torch.Tensor, matrices: Sequence[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    """Interpolate along the last axis by the ``matrices`` of its line."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty((len(rows), sum(matrix.shape[1] for _, matrix in matrices)))
+    for (source, matrix), block in zip(matrices, out.split([one.shape[1] for _, one in matrices], dim=1), strict=True):
+        torch.mm(rows[:, source], matrix, out=block)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def _sampled(source: torch.Tensor, matrix: NDArray[np.float64], where: Sequence[slice]) -> torch.Tensor:

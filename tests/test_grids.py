@@ -21,7 +21,7 @@ from monai.transforms import (
 )
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 
-from med3d_nets import CleanLabelsd, NativeLabelsd, ResampleRASd
+from med3d_nets import CleanLabelsd, NativeLabelsd, ResampleRASd, grids
 from med3d_nets.grids import axis_map, map_between, onto_grid
 
 ORIENTATIONS = ("RAS", "LPS", "PIR", "SAL", "ILA")
@@ -91,8 +91,10 @@ def test_axes_that_are_not_parallel() -> None:
     np.testing.assert_allclose(found[0], places @ [1.0, 2.0, -3.0], atol=1e-3)
 
 
-def test_crop() -> None:
-    """A crop of a larger tensor is not contiguous, in either order of its axes."""
+def test_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crop of a larger tensor is not contiguous, in either order of its axes; over several slabs and blocks."""
+    monkeypatch.setattr(grids, "_SLAB", 5000)
+    monkeypatch.setattr(grids, "_BLOCK", 7)
     image = scan("PIR", (0.9, 0.7, 2.5), (30, 41, 17), order="F")
     matrix = map_between(
         np.asarray(image.affine), np.asarray(scan("RAS", (1, 1, 1), (25, 33, 40)).affine), (25, 33, 40)

@@ -51,8 +51,16 @@ def test_no_fine_map_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(rows["conv1"]) == 16 + 3 and max(rows["classify"]) == 2 * 16
 
 
+class OtherNet(SegmentationNet):
+    """Computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -super().forward(x)
+
+
 def test_others_stay_as_they_are() -> None:
-    for network in (SegmentationNet(10, 2), MultiDomainNet(10, {"a": 2, "b": 3}, head="fpn"), nn.Conv3d(1, 1, 1)):
+    others = (SegmentationNet(10, 2), MultiDomainNet(10, {"a": 2, "b": 3}, head="fpn"), nn.Conv3d(1, 1, 1))
+    for network in (*others, OtherNet(10, 2, head="fpn")):
         assert type(accelerate(network, "float32").network) is type(network)
 
 

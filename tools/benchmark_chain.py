@@ -10,7 +10,6 @@ FOLDER/WAY.nii.gz and FOLDER/WAY.json: seconds of each part and peak memory.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from med3d_nets import (
     load_network,
 )
 from med3d_nets.results import COMPRESSION, nifti
-from tools.bundle_run import ROOT
+from tools.bundle_run import ROOT, peak_bytes
 
 WAYS = ("stock", "ours", "ours_float32", "reference")
 WEIGHTS = ROOT / "bundles" / "lung_ct_segmentation_resnet10" / "models" / "model.pt"
@@ -87,7 +86,7 @@ def main(way: str, image: str, folder: str) -> None:
                 SlidingWindowInferer((96, 96, 96), 1, 0.25) if way == "stock" else WholeVolumeInferer("whole")
             )
             _stock(network, inferer, image, Path(folder), way, parts)
-    figures = {**parts.seconds, "whole": sum(parts.seconds.values()), "bytes": _peak_bytes()}
+    figures = {**parts.seconds, "whole": sum(parts.seconds.values()), "bytes": peak_bytes()}
     (Path(folder) / f"{way}.json").write_text(json.dumps(figures))
 
 
@@ -128,10 +127,6 @@ def _stock(network: nn.Module, inferer: Any, image: str, folder: Path, way: str,
         save = SaveImaged("pred", output_dir=folder, output_postfix=way, output_dtype="uint8", separate_folder=False)
         save(data)
     next(folder.glob(f"*_{way}.nii.gz")).rename(folder / f"{way}.nii.gz")
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

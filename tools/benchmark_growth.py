@@ -6,7 +6,6 @@ python -m tools.benchmark_growth EDGE DEPTH CLASSES    prints seconds and bytes 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from monai.data import MetaTensor
 
 from med3d_nets import NativeLabelsd, ResampleRASd, SegmentationNet, WholeVolumeInferer, accelerate
 from med3d_nets.errors import InputError
+from tools.bundle_run import peak_bytes
 
 EDGES = (171, 215, 271, 342)  # cubes of 0.5, 1, 2 and 4 x 10⁷ voxels of 1 mm; the network sees an eighth
 CLASSES = (2, 10, 30, 60, 117)
@@ -69,7 +69,7 @@ def point(edge: int, depth: int, classes: int) -> None:
     data["pred"] = WholeVolumeInferer()(data["image"][None], network)[0]
     NativeLabelsd("pred")(data)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    print(json.dumps({"seconds": seconds, "bytes": peak_bytes()}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,11 @@ def commit() -> str:
 def machine() -> str:
     """Kind of machine: number of cores and architecture."""
     return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process; ``ru_maxrss`` alone would be that of its parent where the parent has more."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
