@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-_SLAB = 1 << 19  # values of a slab: 2 MB, which stay in the cache from one step to the next
+_SLAB = 1 << 20  # values of a slab: 4 MB, which stay in the cache from one step to the next
 _BLOCK = 64  # voxels of a matrix: small enough for little to be multiplied by zero, large enough for BLAS
 _PARALLEL = 1e-3  # voxels by which an axis may drift over its whole length and still be parallel
 
