@@ -159,7 +159,7 @@ def _product(x: torch.Tensor, matrices: Sequence[tuple[slice, torch.Tensor]]) ->
     """Interpolate along the last axis by the ``matrices`` of its line."""
     rows = x.reshape(-1, x.shape[-1])
     out = rows.new_empty((len(rows), sum(matrix.shape[1] for _, matrix in matrices)))
-    for (source, matrix), block in zip(matrices, out.split([one.shape[1] for _, one in matrices], dim=1), strict=True):
+    for (source, matrix), block in zip(matrices, out.split(_BLOCK, dim=1), strict=True):
         torch.mm(rows[:, source], matrix, out=block)
     return out.reshape(*x.shape[:-1], -1)
 

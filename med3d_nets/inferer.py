@@ -144,7 +144,8 @@ def bytes_per_voxel(network: nn.Module, channels: int = 1) -> float:
     volume of that pass is large enough for ``SlabNet`` to divide it.
 
     Args:
-        network: any network of three axes; one whose layers cannot be seen (TorchScript) counts as ``_UNSEEN``.
+        network: any network of three axes; one whose layers cannot be seen (TorchScript), copied (it holds an engine of
+            another library) or run without data (operators of its own) counts as ``_UNSEEN``.
         channels: of its input.
     """
     layers, waiting = [0], [0]
@@ -170,7 +171,8 @@ def bytes_per_voxel(network: nn.Module, channels: int = 1) -> float:
             module.register_forward_hook(note_waiting)
         logits = bare(torch.empty(1, channels, *[_EDGE] * 3, device="meta"))
         return 1.5 * (max(layers) + max(waiting) + logits.numel() * _FLOAT) / _EDGE**3
-    except (RuntimeError, NotImplementedError, TypeError):  # layers that cannot run without data
+    # Of layers that need data, and of deepcopy. A fault of the network itself is raised by the pass that follows.
+    except (RuntimeError, NotImplementedError, TypeError):
         return _UNSEEN
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -42,6 +43,13 @@ class OpenVINONet(nn.Module):
         }
         self.compiled = openvino.Core().compile_model(model, "CPU", options)
         self.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenVINONet:
+        """Copy the network; what is compiled is shared, for it cannot be copied."""
+        memo[id(self.compiled)] = self.compiled
+        copied = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map an image, (B, C, X, Y, Z), to the network's output in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -96,6 +97,9 @@ def test_memory() -> None:
     assert 16 + 8 < slabs < 0.6 * few
     assert 115 * 4 < wide - slabs < 115 * 8
     assert bytes_per_voxel(torch.jit.script(SegmentationNet(10, 2))) == 200
+    held = nn.Conv3d(1, 1, 1)
+    held.engine = threading.Lock()  # type: ignore[assignment]  # cannot be copied
+    assert bytes_per_voxel(held) == 200
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
 
 
