@@ -58,6 +58,7 @@ def results(cases: str) -> set[str]:
     return {f"{case}_seg{ending}" for case in cases for ending in ENDINGS}
 
 
+@pytest.mark.slow
 def test_two_processes_share_five_cases(tmp_path: Path) -> None:
     """Of a table, in its order; the bad case of the second process stops nobody, and the first one tells of it."""
     archive(tmp_path / "in", "abcde")

@@ -262,6 +262,7 @@ def test_nothing_held_out_is_an_error(trained: Path, data: Path, tmp_path: Path)
     assert "holds no patient out" in repr(told.getrepr(chain=True))
 
 
+@pytest.mark.slow
 def test_a_few_epochs_find_the_structures(data: Path, tmp_path: Path) -> None:
     budget = {"max_epochs": 16, "batches_per_epoch": 8, "val_interval": 16, "norm_batches": 8, "learning_rate": 3e-3}
     workflow = run("train", **small(dataset_dir=str(data), output_dir=str(tmp_path), **budget))

@@ -202,6 +202,7 @@ def test_refused_before_anything_is_written(probe: Probe, folder: Path) -> None:
 
 
 @pytest.mark.real_data
+@pytest.mark.slow
 def test_real_ct_and_mri(real_data: Path, folder: Path) -> None:
     """Nodule crops of CT from hippocampus MRI, 24 each, by the lung bundle's encoder."""
     rows = []
