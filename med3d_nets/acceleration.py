@@ -1,8 +1,9 @@
 """A network made ready for inference: norms folded into convolutions, channels last, bfloat16 where that pays.
 
-Float32 stays float32: outputs differ by rounding alone. bfloat16 is used on CPUs that multiply it natively (AMX, or
-AVX-512 BF16), and there only if a short timing says that it is faster. With AMX convolutions take the fastest of their
-forms (``med3d_nets.kernels``). On request OpenVINO or ``torch.compile`` runs the network.
+Float32 stays float32: outputs differ by rounding alone, also where wide convolutions are computed with fewer
+multiplications (``med3d_nets.winograd``). bfloat16 is used on CPUs that multiply it natively (AMX, or AVX-512 BF16), and
+there only if a short timing says that it is faster. With AMX convolutions take the fastest of their forms
+(``med3d_nets.kernels``). On request OpenVINO or ``torch.compile`` runs the network.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from med3d_nets.multidomain import DomainNet
 from med3d_nets.openvino_net import OpenVINONet
 from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.slab_net import SlabNet
+from med3d_nets.winograd import use_winograd
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 BACKENDS = ("torch", "openvino")
@@ -49,6 +51,8 @@ class InferenceNet(nn.Module):
         for module in network.modules():
             if isinstance(module, _Convolution):
                 module.to(dtype)
+        if dtype == torch.float32 and not compile:
+            use_winograd(network)
         if dtype == torch.bfloat16 and not compile and has_amx():
             rewrite(network)
         self.dtype = dtype
