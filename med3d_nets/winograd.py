@@ -74,19 +74,20 @@ def has_form(conv: nn.Conv3d) -> bool:
 
 
 def pays(x: torch.Tensor, conv: nn.Conv3d) -> bool:
-    """Whether a volume is large, and blocks of two voxels on each of the d³ grids fill it well enough.
+    """Whether a volume is large, and pairs of voxels on each of the d³ grids fill it well enough.
 
     Args:
         x: (B, in_channels, X, Y, Z).
         conv: one that ``has_form`` accepts.
     """
     size, shift = x.shape[2:], conv.dilation[0]
-    products = 64 * prod(shift * _blocks(edge, shift) for edge in size)
-    return x[:, 0].numel() >= _LEAST_VOXELS and 27 * prod(size) >= _LEAST_SAVING * products
+    axis = _loop_axis(size, shift)
+    pairs = [_pairs(edge, shift) if i == axis else shift * _blocks(edge, shift) for i, edge in enumerate(size)]
+    return x[:, 0].numel() >= _LEAST_VOXELS and 27 * prod(size) >= _LEAST_SAVING * 64 * prod(pairs)
 
 
 def winograd(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
-    """Compute a convolution by Winograd's F(2, 3) along each axis, two planes of each grid at a time.
+    """Compute a convolution by Winograd's F(2, 3) along each axis, two planes at a time.
 
     Args:
         x: (B, in_channels, X, Y, Z), float32, best channels last.
@@ -95,56 +96,65 @@ def winograd(x: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
     Returns:
         (B, out_channels, X, Y, Z), channels last.
     """
-    size, shift = x.shape[2:], conv.dilation[0]
-    blocks = [_blocks(edge, shift) for edge in size]
-    padded = _padded(x, blocks, shift)
-    out = x.new_empty((len(x), *[n for count in blocks for n in (count, 2, shift)], conv.out_channels))
-    planes = _Planes(x, blocks, conv)
-    for image, result in zip(padded, out, strict=True):
-        for block in range(blocks[0]):
-            for phase in range(shift):
-                planes.compute(image[block : block + 2, :, phase], result[block, :, phase])
-    out = out.view(len(x), *[2 * shift * count for count in blocks], -1)[:, : size[0], : size[1], : size[2]]
-    if conv.bias is not None:
-        out += conv.bias
+    shift, axis = conv.dilation[0], _loop_axis(x.shape[2:], conv.dilation[0])
+    out = x.new_empty((len(x), *x.shape[2:], conv.out_channels))
+    images, results = x.permute(0, 2, 3, 4, 1).movedim(1 + axis, 1), out.movedim(1 + axis, 1)
+    planes = _Planes(images.shape[2:4], conv, axis)
+    count = images.shape[1]
+    for image, result in zip(images, results, strict=True):
+        for first in range(count):
+            if first // shift % 2 == 0:
+                seen = [image[i] if 0 <= i < count else None for i in range(first - shift, first + 3 * shift, shift)]
+                planes.compute(seen, result[first : first + shift + 1 : shift])
     return out.permute(0, 4, 1, 2, 3)
 
 
 class _Planes:
     """Two planes of outputs from the four of inputs that they see; memory is used again for the next two.
 
+    Voxel d * (2 * block + side) + phase of an axis is at (block, side, phase) here.
+
     Args:
-        x: the volume.
-        blocks: along its axes.
+        size: voxels of a plane.
         conv: the convolution.
+        axis: that the planes lie across, 0 to 2.
     """
 
-    def __init__(self, x: torch.Tensor, blocks: list[int], conv: nn.Conv3d) -> None:
-        _, ny, nz = blocks
+    def __init__(self, size: Sequence[int], conv: nn.Conv3d, axis: int) -> None:
         shift, channels, out_channels = conv.dilation[0], conv.in_channels, conv.out_channels
-        self.weight = _weight(conv)
-        self.x = x.new_empty((4, ny + 1, 2, shift, nz + 1, 2, shift, channels))
-        self.xy = x.new_empty((4, 4, ny, shift, nz + 1, 2, shift, channels))
-        self.xyz = x.new_empty((4, 4, 4, ny, shift, nz, shift, channels))
-        self.products = x.new_empty((4, 4, 4, ny, shift, nz, shift, out_channels))
-        self.out_xy = x.new_empty((4, 4, ny, shift, nz, 2, shift, out_channels))
-        self.out_x = x.new_empty((4, ny, 2, shift, nz, 2, shift, out_channels))
+        ny, nz = (_blocks(edge, shift) for edge in size)
+        self.weight, self.bias = _weight(conv, axis), 0.0 if conv.bias is None else conv.bias
+        self.inside = slice(shift, shift + size[0]), slice(shift, shift + size[1])
+        self.size = slice(size[0]), slice(size[1])
+        new = self.weight.new_empty
+        self.seen = self.weight.new_zeros((4, 2 * shift * (ny + 1), 2 * shift * (nz + 1), channels))
+        self.x = new((4, ny + 1, 2, shift, nz + 1, 2, shift, channels))
+        self.xy = new((4, 4, ny, shift, nz + 1, 2, shift, channels))
+        self.xyz = new((4, 4, 4, ny, shift, nz, shift, channels))
+        self.products = new((4, 4, 4, ny, shift, nz, shift, out_channels))
+        self.out_xy = new((4, 4, ny, shift, nz, 2, shift, out_channels))
+        self.out_x = new((4, ny, 2, shift, nz, 2, shift, out_channels))
+        self.out = new((2, 2 * shift * ny, 2 * shift * nz, out_channels))
 
-    def compute(self, planes: torch.Tensor, out: torch.Tensor) -> None:
-        """Write outputs.
+    def compute(self, planes: Sequence[torch.Tensor | None], out: torch.Tensor) -> None:
+        """Compute one or two planes.
 
         Args:
-            planes: (2, 2, blocks + 1, 2, d, blocks + 1, 2, d, in_channels), block and side along X first.
-            out: (2, blocks, 2, d, blocks, 2, d, out_channels), side along X first.
+            planes: four of (Y, Z, in_channels), the dilation apart; None beyond the volume.
+            out: (1 or 2, Y, Z, out_channels), for the outputs at the second of the planes and the third.
         """
-        _combine(planes[0], planes[1], 0, self.x)
+        for seen, plane in zip(self.seen, planes, strict=True):
+            seen[self.inside] = 0.0 if plane is None else plane
+        voxels = self.seen.view(2, 2, *self.x.shape[1:])
+        _combine(voxels[0], voxels[1], 0, self.x)
         _combine(self.x[:, :-1], self.x[:, 1:], 2, self.xy.transpose(0, 1))
         _combine(self.xy[:, :, :, :, :-1], self.xy[:, :, :, :, 1:], 5, self.xyz.permute(2, 0, 1, 3, 4, 5, 6, 7))
         channels, out_channels = self.weight.shape[1:]
         torch.bmm(self.xyz.view(64, -1, channels), self.weight, out=self.products.view(64, -1, out_channels))
         _sum(self.products.unbind(2), self.out_xy.unbind(5))
         _sum(self.out_xy.unbind(1), self.out_x.unbind(2))
-        _sum(self.out_x.unbind(0), out.unbind(0))
+        _sum(self.out_x.unbind(0), self.out.view(2, *self.out_x.shape[1:]).unbind(0))
+        torch.add(self.out[(slice(len(out)), *self.size)], self.bias, out=out)
 
 
 def _blocks(edge: int, dilation: int) -> int:
@@ -152,22 +162,26 @@ def _blocks(edge: int, dilation: int) -> int:
     return -(-edge // (2 * dilation))
 
 
-def _padded(x: torch.Tensor, blocks: list[int], dilation: int) -> torch.Tensor:
-    """Map (B, C, X, Y, Z) to (B, blocks + 1, 2, d, blocks + 1, 2, d, blocks + 1, 2, d, C) with zeros around it.
+def _pairs(edge: int, dilation: int) -> int:
+    """Pairs of voxels, the dilation apart, that cover an axis; some have one voxel beyond it, none has both."""
+    whole, rest = divmod(edge, 2 * dilation)
+    return whole * dilation + min(rest, dilation)
 
-    Voxel d * (2 * block + side) + phase is at (block, side, phase) of an axis; a block also sees the next one.
+
+def _loop_axis(size: Sequence[int], dilation: int) -> int:
+    """The axis whose last block is emptiest: where pairs beyond the volume are left out."""
+    return max(range(3), key=lambda axis: dilation * _blocks(size[axis], dilation) / _pairs(size[axis], dilation))
+
+
+def _weight(conv: nn.Conv3d, axis: int) -> torch.Tensor:
+    """The matrices of the 64 products, (64, in_channels, out_channels): computed anew each time, to save memory.
+
+    Args:
+        conv: the convolution.
+        axis: that comes first.
     """
-    padding = [0, 0]  # of channels; last axis first
-    for edge, count in zip(reversed(x.shape[2:]), reversed(blocks), strict=True):
-        padding += [dilation, dilation * (2 * count + 1) - edge]
-    padded = F.pad(x.permute(0, 2, 3, 4, 1), padding)
-    return padded.view(len(x), *[n for count in blocks for n in (count + 1, 2, dilation)], -1)
-
-
-def _weight(conv: nn.Conv3d) -> torch.Tensor:
-    """The matrices of the 64 products, (64, in_channels, out_channels): computed anew each time, to save memory."""
     transform = torch.kron(torch.kron(_TRANSFORM, _TRANSFORM), _TRANSFORM)
-    taps = conv.weight.permute(2, 3, 4, 1, 0).reshape(27, -1)
+    taps = conv.weight.movedim(2 + axis, 2).permute(2, 3, 4, 1, 0).reshape(27, -1)
     return (transform @ taps).view(64, conv.in_channels, conv.out_channels)
 
 

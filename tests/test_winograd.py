@@ -68,8 +68,8 @@ def test_not_the_form(options: dict) -> None:
     ("size", "dilation", "wanted"),
     [
         ((16, 16, 16), 4, True),
-        ((32, 32, 26), 4, True),  # 27 * 26 / (8 * 32) = 2.7
-        ((12, 12, 64), 4, False),  # a quarter of the blocks' voxels is beyond the volume along two axes: 1.9
+        ((32, 32, 26), 4, True),  # of the last block a quarter
+        ((12, 12, 64), 4, False),  # a quarter of the blocks along two axes is beyond the volume
         ((15, 16, 16), 1, False),  # few voxels
     ],
 )
@@ -122,4 +122,6 @@ def test_used_in_float32() -> None:
     for precision, wanted in (("float32", True), ("bfloat16", False)):
         modules = accelerate(network, precision).modules()
         assert any(isinstance(module, WinogradConv) for module in modules) == wanted
-    assert not any(isinstance(module, WinogradConv) for module in accelerate(network, "float32", compile=True).modules())
+    assert not any(
+        isinstance(module, WinogradConv) for module in accelerate(network, "float32", compile=True).modules()
+    )
