@@ -1,8 +1,8 @@
 """A network made ready for inference: norms folded into convolutions, channels last, bfloat16 where that pays.
 
 Float32 stays float32: outputs differ by rounding alone, also where wide convolutions are computed with fewer
-multiplications (``med3d_nets.winograd``). bfloat16 is used on CPUs that multiply it natively (AMX, or AVX-512 BF16), and
-there only if a short timing says that it is faster. With AMX convolutions take the fastest of their forms
+multiplications (``med3d_nets.winograd``). bfloat16 is used on CPUs that multiply it natively (AMX, or AVX-512 BF16),
+and there only if a short timing says that it is faster. With AMX convolutions take the fastest of their forms
 (``med3d_nets.kernels``). On request OpenVINO or ``torch.compile`` runs the network.
 """
 

@@ -2,8 +2,8 @@
 
 Winograd's F(2, 3) along each axis: 2³ outputs take 4³ multiplications for each pair of channels in place of 2³ * 3³
 (Lavin and Gray, arXiv 1509.09308, section 4.1, in three dimensions). The rest are sums, and the multiplications are
-matrix products. A dilated convolution is a plain one on each of the d³ grids of every d-th voxel. The sums run in another
-order, so outputs differ from those of the convolution by rounding.
+matrix products. A dilated convolution is a plain one on each of the d³ grids of every d-th voxel. The sums run in
+another order, so outputs differ from those of the convolution by rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from math import prod
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 # With fewer channels or voxels, the sums and the transform of the weights take what the multiplications save.
 _LEAST_CHANNELS = 256
@@ -125,7 +124,7 @@ class _Planes:
         ny, nz = (_blocks(edge, shift) for edge in size)
         self.weight, self.bias = _weight(conv, axis), 0.0 if conv.bias is None else conv.bias
         self.inside = slice(shift, shift + size[0]), slice(shift, shift + size[1])
-        self.size = slice(size[0]), slice(size[1])
+        self.size = tuple(size)
         new = self.weight.new_empty
         self.seen = self.weight.new_zeros((4, 2 * shift * (ny + 1), 2 * shift * (nz + 1), channels))
         self.x = new((4, ny + 1, 2, shift, nz + 1, 2, shift, channels))
@@ -154,7 +153,7 @@ class _Planes:
         _sum(self.products.unbind(2), self.out_xy.unbind(5))
         _sum(self.out_xy.unbind(1), self.out_x.unbind(2))
         _sum(self.out_x.unbind(0), self.out.view(2, *self.out_x.shape[1:]).unbind(0))
-        torch.add(self.out[(slice(len(out)), *self.size)], self.bias, out=out)
+        torch.add(self.out[: len(out), : self.size[0], : self.size[1]], self.bias, out=out)
 
 
 def _blocks(edge: int, dilation: int) -> int:
