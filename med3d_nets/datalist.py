@@ -1,4 +1,4 @@
-"""Decathlon-style dataset folders and patient-level splits."""
+"""Dataset folders, of the Decathlon or of LiTS, and patient-level splits."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ Case = dict[str, Any]
 
 
 def read_datalist(dataset_dir: str | Path, section: str = "training", patient_pattern: str = "") -> list[Case]:
-    """Read one section of a folder's ``dataset.json`` (Medical Segmentation Decathlon layout).
+    """Read one section of a folder's ``dataset.json`` (Medical Segmentation Decathlon layout), or a folder of LiTS.
+
+    The latter has no ``dataset.json``, but ``volume-N.nii`` and ``segmentation-N.nii`` (also .nii.gz) anywhere in it:
+    its section ``training``.
 
     Args:
-        dataset_dir: folder with ``dataset.json``.
+        dataset_dir: folder with ``dataset.json``, or of LiTS.
         section: list to read; entries are ``{"image": …, "label": …}`` with paths relative to the folder, and
             optionally ``"patient"`` (for splits) and ``"weight"`` (for sampling).
         patient_pattern: regular expression whose first group, found in the image's file name without suffix, is
@@ -32,14 +35,18 @@ def read_datalist(dataset_dir: str | Path, section: str = "training", patient_pa
 
     Raises:
         InputError: no folder, no or broken ``dataset.json``, no such section, a file that is not there or is listed
-            twice, or a file name without patient.
+            twice, a volume of LiTS without segmentation, or a file name without patient.
     """
     path = Path(dataset_dir) / "dataset.json"
+    entries: list[Any] = []
     if not path.is_file():
+        entries = lits_entries(Path(dataset_dir), section)
+    if not path.is_file() and not entries:
         raise InputError(
-            f"{dataset_dir}: no dataset.json in it. Give a folder in Medical Segmentation Decathlon layout."
+            f"{dataset_dir}: no dataset.json in it, nor volume-N.nii of LiTS. Give a folder in Medical Segmentation "
+            "Decathlon layout."
         )
-    entries = _read_section(path, section)
+    entries = entries or _read_section(path, section)
     cases = [_case(path, entry) for entry in entries]
     for case, name in zip(cases, _unique_names(path, cases), strict=True):
         case["case"] = name
@@ -80,6 +87,36 @@ def split_by_patient(
     if not train:
         raise InputError(f"All {len(patients)} patients went into validation; lower val_fraction or add data.")
     return train, val
+
+
+def lits_entries(folder: Path, section: str = "training") -> list[Case]:
+    """Find the volumes and segmentations of LiTS; its batches may lie in folders of their own.
+
+    Args:
+        folder: searched whole for ``volume-N.nii`` and ``segmentation-N.nii``, also .nii.gz.
+        section: ``training``, for LiTS has public labels of that alone; empty is the same.
+
+    Returns:
+        Entries as in ``dataset.json``, by number; none where there is no such volume.
+
+    Raises:
+        InputError: another section, a number that is there twice, or a volume without segmentation.
+    """
+    found: dict[str, dict[int, str]] = {"volume": {}, "segmentation": {}}
+    for path in sorted(folder.rglob("*.nii*")):
+        match = re.fullmatch(r"(volume|segmentation)-(\d+)\.nii(\.gz)?", path.name)
+        if match:
+            name, number = path.relative_to(folder).as_posix(), int(match[2])
+            other = found[match[1]].setdefault(number, name)
+            if other != name:
+                raise InputError(f"{folder}: {match[1]} {number} is there twice, {other} and {name}. Remove one.")
+    volumes, segmentations = found.values()
+    if volumes and section not in ("", "training"):
+        raise InputError(f"{folder}: a folder of LiTS has the section training alone, not '{section}'.")
+    lacking = sorted(volumes.keys() - segmentations.keys())
+    if lacking:
+        raise InputError(f"{folder}: no segmentation-{lacking[0]}.nii for {volumes[lacking[0]]}. Add it, or move both.")
+    return [{"image": volumes[number], "label": segmentations[number]} for number in sorted(volumes)]
 
 
 def _read_section(path: Path, section: str) -> list[Any]:

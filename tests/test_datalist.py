@@ -174,3 +174,38 @@ def test_nothing_left_to_train_on() -> None:
         split_by_patient(cases("a", "b"), val_patients=["a", "b"])
     with pytest.raises(InputError, match="All 1 patients went into validation"):
         split_by_patient(cases("a"), 0.2)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+class TestLiTS:
+    def test_volumes_and_their_segmentations(self, tmp_path: Path) -> None:
+        """By number, whatever the folders of the batches; what belongs to no pair of names is left alone."""
+        touch(tmp_path, "Training Batch 1/volume-10.nii", "Training Batch 1/segmentation-10.nii")
+        touch(tmp_path, "b/volume-2.nii.gz", "labels/segmentation-2.nii", "b/test-volume-3.nii", "notes.txt")
+        found = read_datalist(tmp_path)
+        assert [case["case"] for case in found] == ["volume-2", "volume-10"]
+        assert found[0]["label"] == str(tmp_path / "labels" / "segmentation-2.nii")
+
+    def test_dataset_json_comes_first(self, tmp_path: Path) -> None:
+        write(tmp_path, "a.nii.gz")
+        touch(tmp_path, "volume-1.nii", "segmentation-1.nii")
+        assert [case["case"] for case in read_datalist(tmp_path)] == ["a"]
+
+    @pytest.mark.parametrize(
+        ("names", "section", "told"),
+        [
+            (["volume-1.nii"], "training", "no segmentation-1.nii for volume-1.nii"),
+            (["volume-1.nii", "segmentation-1.nii"], "test", "has the section training alone, not 'test'"),
+            (["a/volume-1.nii", "b/volume-1.nii", "segmentation-1.nii"], "training", "volume 1 is there twice"),
+            (["segmentation-1.nii"], "training", "no dataset.json in it, nor volume-N.nii of LiTS"),
+        ],
+    )
+    def test_refused(self, names: list[str], section: str, told: str, tmp_path: Path) -> None:
+        touch(tmp_path, *names)
+        with pytest.raises(InputError, match=told):
+            read_datalist(tmp_path, section)

@@ -106,6 +106,17 @@ def test_cases_and_sections(tmp_path: Path) -> None:
         overlap("resnet_10", path, section="training")
 
 
+def test_a_folder_of_lits(tmp_path: Path) -> None:
+    """The 8-dataset weights saw these scans; the folder has no dataset.json to say so."""
+    for name, verdict in (("LiTS", "seen"), ("scans", "possible")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("volume-0.nii", "segmentation-0.nii", "volume-131.nii", "segmentation-131.nii"):
+            (folder / file).touch()
+        result = overlap("resnet_10", folder, "training")
+        assert (result.verdict, result.cases, result.checked) == (verdict, ("volume-0",), 2)
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A weights file that the registry knows by hash: trained like the lung bundle, of unlisted data, or on the 8."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from med3d_nets.datalist import lits_entries
 from med3d_nets.errors import InputError
 from med3d_nets.registry import WEIGHTS, Weight
 from med3d_nets.weights.sources import SOURCES, Source, is_decathlon_alone
@@ -61,7 +62,8 @@ def overlap(weights: str | Path, dataset_json: str | Path, section: str = "") ->
 
     Args:
         weights: name in the registry, or a file whose sha256 is in it.
-        dataset_json: ``dataset.json`` of a folder in Medical Segmentation Decathlon layout, or the folder.
+        dataset_json: ``dataset.json`` of a folder in Medical Segmentation Decathlon layout, or the folder, or one of
+            LiTS.
         section: list of cases to look at (``"test"``); empty: all lists.
 
     Returns:
@@ -97,7 +99,7 @@ def warn_overlap(weights: str | Path, dataset_dir: str | Path, section: str = ""
 
     Args:
         weights: registry name or path; empty or a file that is not there (the loader reports it): nothing is done.
-        dataset_dir: folder with ``dataset.json``, or that file.
+        dataset_dir: folder with ``dataset.json``, or that file, or a folder of LiTS.
         section: list of cases to look at; empty: all.
 
     Returns:
@@ -161,6 +163,9 @@ def _compare(source: Source, texts: list[str], cases: list[str]) -> Finding:
 
 def _read(path: Path, section: str) -> tuple[list[str], list[str]]:
     """Texts that may name the dataset (its folder's name among them), and the names of its cases."""
+    lits = [] if path.is_file() else lits_entries(path.parent, section)
+    if lits:
+        return [path.resolve().parent.name], [_case(entry) for entry in lits]
     if not path.is_file():
         raise InputError(
             f"{path.parent}: no {path.name} in it. Give a folder in Medical Segmentation Decathlon layout."
