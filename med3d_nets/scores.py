@@ -1,8 +1,4 @@
-"""Scores of a segmentation against its reference on the input's own grid, per case and class.
-
-Dice, surface Dice (arXiv 2111.05408) and 95 % Hausdorff distance are MONAI's; a surface is the voxels at the
-border of a region.
-"""
+"""Scores of a segmentation against its reference on the input's own grid, per case and class."""
 
 from __future__ import annotations
 
@@ -11,27 +7,19 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-import torch
 from ignite.engine import Engine, Events
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
-from monai.transforms import generate_spatial_bounding_box
 
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing, set_aside
 from med3d_nets.processes import gather, rank
+from med3d_nets.region_scores import METRICS, USUAL, Scores, check, global_dice, score
 
-Scores = dict[str, float]
-
-# of several cases, which is the worst
-_WORST: dict[str, Callable[..., str]] = {"dice": min, "surface_dice": min, "hd95_mm": max}
-_COLUMNS = (*_WORST, "predicted_ml", "true_ml")
+_VOLUMES = ("predicted_ml", "true_ml")
 
 
 class CaseScores:
@@ -46,6 +34,10 @@ class CaseScores:
         output_dir: folder for the files.
         labels: name of each label value, for example ``{"1": "left lung", "2": "right lung"}``.
         tolerance_mm: of the surface Dice, one for all classes or by name.
+        metrics: names of ``region_scores.METRICS``, ``dice`` among them.
+
+    Raises:
+        InputError: an unknown metric, or a tolerance that lacks a class.
     """
 
     def __init__(
@@ -53,13 +45,16 @@ class CaseScores:
         output_dir: str | Path,
         labels: Mapping[str, str],
         tolerance_mm: float | Mapping[str, float] = 2.0,
+        metrics: Sequence[str] = USUAL,
     ) -> None:
+        check(metrics)
         self.output_dir = Path(output_dir)
         self.labels = {int(value): name for value, name in labels.items()}
         by_name = dict(tolerance_mm) if isinstance(tolerance_mm, Mapping) else {}
         if by_name and set(by_name) != set(self.labels.values()):
             raise InputError(f"tolerance_mm names {sorted(by_name)}; needed are {sorted(self.labels.values())}.")
         self.tolerance_mm = by_name or {name: float(tolerance_mm) for name in self.labels.values()}  # type: ignore[arg-type]
+        self.metrics = tuple(dict.fromkeys(("dice", *metrics)))
         self._cases: dict[str, dict[str, Scores]] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -83,6 +78,7 @@ class CaseScores:
                 (label[0] == value).as_tensor(),
                 affine,
                 self.tolerance_mm[name],
+                self.metrics,
             )
             for value, name in self.labels.items()
         }
@@ -91,13 +87,15 @@ class CaseScores:
         """Gather the cases of all processes and write them."""
         cases, failed = gather(self._cases), gather(engine.state.failed)  # type: ignore[attr-defined]
         self._cases = {}
-        summary = {name: _summarise(name, cases) for name in self.labels.values()}
+        summary = {name: _summarise(name, cases, self.metrics) for name in self.labels.values()}
+        overall = {name: global_dice(one[name] for one in cases.values()) for name in self.labels.values()}
         means = [one["dice"]["mean"] for one in summary.values() if one["dice"]["mean"] is not None]
         engine.state.metrics["mean_dice"] = statistics.fmean(means) if means else math.nan
         if rank() != 0:
             return
-        report = {"summary": summary, "tolerance_mm": self.tolerance_mm, "cases": cases, "failed": failed}
-        self._write("scores.csv", _csv(cases) if cases else None)
+        report = {"summary": summary, "global_dice": overall, "tolerance_mm": self.tolerance_mm}
+        report |= {"cases": cases, "failed": failed}
+        self._write("scores.csv", _csv(cases, (*self.metrics, *_VOLUMES)) if cases else None)
         self._write("scores.json", json.dumps(_with_null(report), indent=2) if cases else None)
         for name, one in summary.items():
             print(f"{name}: " + ", ".join(_line(metric, values) for metric, values in one.items()))
@@ -111,66 +109,31 @@ class CaseScores:
             set_aside(path)
 
 
-def score(pred: torch.Tensor, label: torch.Tensor, affine: np.ndarray, tolerance_mm: float) -> Scores:
-    """Score one class of one case.
-
-    A class that is in neither has undefined (NaN) scores. One that is in only one of them has Dice and
-    surface Dice 0, and its Hausdorff distance, which would be infinite, counts as the diagonal of the volume,
-    so that means stay finite.
-
-    Args:
-        pred: predicted region, bool, shape (X, Y, Z).
-        label: reference region, bool, same shape.
-        affine: from voxel index to mm, 4 × 4; distances use the lengths of its columns, without shear.
-        tolerance_mm: distance up to which a border voxel is right for the surface Dice.
-
-    Returns:
-        ``dice`` and ``surface_dice`` (0 to 1), ``hd95_mm``, ``predicted_ml``, ``true_ml``.
-    """
-    spacing = nib.affines.voxel_sizes(affine)
-    voxel_ml = float(abs(np.linalg.det(affine[:3, :3]))) / 1000
-    volumes = {"predicted_ml": int(pred.sum()) * voxel_ml, "true_ml": int(label.sum()) * voxel_ml}
-    if not pred.any() and not label.any():
-        return {"dice": math.nan, "surface_dice": math.nan, "hd95_mm": math.nan, **volumes}
-    if not pred.any() or not label.any():
-        diagonal = float(np.linalg.norm(np.array(pred.shape) * spacing))
-        return {"dice": 0.0, "surface_dice": 0.0, "hd95_mm": diagonal, **volumes}
-    start, end = generate_spatial_bounding_box((pred | label)[None], margin=1, allow_smaller=True)
-    box = (None, None, *(slice(low, high) for low, high in zip(start, end, strict=True)))
-    one, two = pred[box], label[box]  # surfaces of the whole volume would take gigabytes
-    surface_dice = compute_surface_dice(one, two, [tolerance_mm], include_background=True, spacing=spacing.tolist())
-    hd95 = compute_hausdorff_distance(one, two, include_background=True, percentile=95, spacing=spacing.tolist())
-    return {
-        "dice": float(compute_dice(one, two, include_background=True)),
-        "surface_dice": float(surface_dice),
-        "hd95_mm": float(hd95),
-        **volumes,
-    }
-
-
-def _summarise(name: str, cases: Mapping[str, Mapping[str, Scores]]) -> dict[str, dict[str, Any]]:
+def _summarise(
+    name: str, cases: Mapping[str, Mapping[str, Scores]], metrics: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Mean, median and worst of each score of a class, over the cases where it is defined."""
     summary = {}
-    for metric, worst_of in _WORST.items():
+    for metric in metrics:
         values = {case: one[name][metric] for case, one in cases.items() if not math.isnan(one[name][metric])}
-        worst = worst_of(values, key=values.__getitem__) if values else None
+        worst = METRICS[metric].worst(values.values()) if values else None
         summary[metric] = {
             "mean": statistics.fmean(values.values()) if values else None,
             "median": statistics.median(values.values()) if values else None,
-            "worst": values[worst] if worst else None,
-            "worst_case": worst,
+            "worst": worst,
+            "worst_case": next((case for case, value in values.items() if value == worst), None),
             "cases": len(values),
         }
     return summary
 
 
-def _csv(cases: Mapping[str, Mapping[str, Scores]]) -> str:
+def _csv(cases: Mapping[str, Mapping[str, Scores]], columns: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "class", *_COLUMNS])
+    writer.writerow(["case", "class", *columns])
     for case, classes in cases.items():
         for name, one in classes.items():
-            writer.writerow([case, name, *("" if math.isnan(one[c]) else f"{one[c]:.5g}" for c in _COLUMNS)])
+            writer.writerow([case, name, *("" if math.isnan(one[c]) else f"{one[c]:.5g}" for c in columns)])
     return text.getvalue()
 
 

@@ -18,7 +18,8 @@ from monai.transforms import Compose, MapTransform
 from med3d_nets import processes
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvaluator
-from med3d_nets.scores import CaseScores, score
+from med3d_nets.region_scores import METRICS, score
+from med3d_nets.scores import CaseScores
 
 LABELS = {"1": "left lung", "2": "right lung"}
 SPACING = (1.0, 2.0, 3.0)
@@ -44,6 +45,8 @@ def test_perfect() -> None:
         "hd95_mm": 0.0,
         "predicted_ml": pytest.approx(6.0),
         "true_ml": pytest.approx(6.0),
+        "predicted_voxels": 1000,
+        "true_voxels": 1000,
     }
 
 
@@ -93,6 +96,68 @@ def test_a_class_that_is_absent() -> None:
         one = score(pred, label, AFFINE, 2.0)
         assert (one["dice"], one["surface_dice"]) == (0.0, 0.0)
         assert one["hd95_mm"] == pytest.approx(diagonal)
+
+
+LITS = ("voe", "rvd", "assd_mm", "mssd_mm", "rmsd_mm")
+
+
+class TestLiTS:
+    """The challenge's measures, on cubes of 10 voxels of 1 x 2 x 3 mm."""
+
+    def of(self, pred: torch.Tensor, label: torch.Tensor) -> dict[str, float]:
+        return score(pred, label, AFFINE, metrics=LITS)
+
+    def test_shifted_by_one_slice(self) -> None:
+        """900 of 1100 voxels in common.
+
+        Of each cube's 488 surface voxels, the 100 of the outer layer are 3 mm off. Of the inner layer, what is not
+        at the cube's sides (8 x 8 voxels) is as far from the nearest side as it is: along x 1 mm a voxel, along y 2 mm,
+        at most 3 mm, for the other surface's layer is one slice off.
+        """
+        found = self.of(box(5, 5, 6), box(5, 5, 5))
+        assert found["voe"] == pytest.approx(2 / 11) and found["rvd"] == 0
+        inner = [min(min(i, 9 - i) * 1.0, min(j, 9 - j) * 2.0, 3.0) for i in range(1, 9) for j in range(1, 9)]
+        apart = np.array([3.0] * 100 + inner + [0.0] * (488 - 100 - 64))
+        assert found["assd_mm"] == pytest.approx(apart.mean())
+        assert found["rmsd_mm"] == pytest.approx(np.sqrt((apart**2).mean()))
+        assert found["mssd_mm"] == pytest.approx(3.0)
+
+    def test_volume_difference_has_a_sign(self) -> None:
+        half = box(5, 5, 5)
+        half[:, :, 10:] = False
+        assert self.of(half, box(5, 5, 5))["rvd"] == pytest.approx(-0.5)
+        assert self.of(box(5, 5, 5), half)["rvd"] == pytest.approx(1.0)
+        assert METRICS["rvd"].worst([-0.5, 0.2]) == -0.5
+
+    def test_a_class_that_is_absent(self) -> None:
+        nothing = torch.zeros(24, 24, 24, dtype=torch.bool)
+        diagonal = 24 * math.sqrt(1 + 4 + 9)
+        missed = self.of(nothing, box(5, 5, 5))
+        assert [missed[name] for name in LITS] == pytest.approx([1.0, -1.0, *[diagonal] * 3])
+        invented = self.of(box(5, 5, 5), nothing)
+        assert math.isnan(invented["rvd"]) and invented["voe"] == 1.0
+        assert all(math.isnan(self.of(nothing, nothing)[name]) for name in LITS)
+
+    def test_files(self, tmp_path: Path) -> None:
+        run(tmp_path, {"a": 0, "b": 2}, metrics=LITS)
+        report = strict_json(tmp_path / "scores.json")
+        assert list(report["summary"]["left lung"]) == ["dice", *LITS]
+        assert report["summary"]["left lung"]["mssd_mm"]["worst_case"] == "b"
+        header = (tmp_path / "scores.csv").read_text().splitlines()[0]
+        assert header == f"case,class,dice,{','.join(LITS)},predicted_ml,true_ml"
+
+    def test_unknown_metric(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="allowed are dice, surface_dice"):
+            CaseScores(tmp_path, LABELS, metrics=["jaccard"])
+
+
+def test_global_dice_counts_voxels(tmp_path: Path) -> None:
+    """Of 1000 voxels each, 1000 and 800 in common; of the second class only one case has any."""
+    run(tmp_path, {"a": 0, "b": -2})
+    report = strict_json(tmp_path / "scores.json")
+    assert report["global_dice"] == {"left lung": pytest.approx(0.9), "right lung": pytest.approx(1.0)}
+    run(tmp_path, {"a": -1})
+    assert strict_json(tmp_path / "scores.json")["global_dice"]["right lung"] is None
 
 
 class Make(MapTransform):
