@@ -2,7 +2,7 @@
 
 ``medicalnet`` is the head of the released fine-tuning code, ``linear`` the branch of the co-training (paper,
 section 3.2: 1³ convolution, then up-sampling), ``fpn`` a light feature pyramid (Lin 2017; Kirillov 2019, Panoptic
-Feature Pyramid Networks, figure 3) for targets whose border matters.
+Feature Pyramid Networks, figure 3) for targets whose border matters, ``denseaspp`` that of Med3D's liver segmentation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from med3d_nets.denseaspp import DenseASPPHead
 
 
 def upsample(x: torch.Tensor, factor: int, like: torch.Tensor) -> torch.Tensor:
@@ -139,10 +141,11 @@ class FPNHead(nn.Module):
         return self.classify(self.dropout(x))
 
 
-HEADS: dict[str, type[MedicalNetHead | LinearHead | FPNHead]] = {
+HEADS: dict[str, type[MedicalNetHead | LinearHead | FPNHead | DenseASPPHead]] = {
     "medicalnet": MedicalNetHead,
     "linear": LinearHead,
     "fpn": FPNHead,
+    "denseaspp": DenseASPPHead,
 }
 
 

@@ -7,6 +7,7 @@ the branch of its own dataset alone. What one dataset labels is therefore never 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
@@ -27,7 +28,8 @@ class MultiDomainNet(nn.Module):
     Args:
         depth: 10, 18, 34, 50, 101, 152 or 200.
         domains: number of classes of each domain, background included, by its name; the order is that of the output.
-        head: head of every branch: ``"linear"`` (the paper's 1³ convolution), ``"medicalnet"`` or ``"fpn"``.
+        head: head of every branch: ``"linear"`` (the paper's 1³ convolution), ``"medicalnet"``, ``"fpn"`` or
+            ``"denseaspp"``.
         dropout: probability of channel dropout before a branch's last convolution.
         width: channels of the ``fpn`` head's pyramid; 32 keeps eight branches small beside the encoder.
         shortcut_type: see Med3DResNet.
@@ -62,7 +64,7 @@ class MultiDomainNet(nn.Module):
         self.domains = {name: int(count) for name, count in domains.items()}
         self.backbone = Med3DResNet(depth, shortcut_type, in_channels, output_stride)
         channels, strides = self.backbone.feature_channels, self.backbone.feature_strides
-        options = {"width": width} if head == "fpn" else {}
+        options: dict[str, Any] = {"width": width} if head == "fpn" else {}
         self.branches = nn.ModuleDict(
             {name: HEADS[head](channels, strides, count, dropout, **options) for name, count in self.domains.items()}
         )

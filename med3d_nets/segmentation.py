@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,18 +16,19 @@ class SegmentationNet(nn.Module):
     """Segmentation network: ``.backbone`` (Med3DResNet) and ``.head``.
 
     ``net(x)`` gives logits at the input's spatial size; ``net.head(net.backbone(x))`` gives them at the head's own
-    scale (``medicalnet`` 1/4, ``linear`` 1/8, ``fpn`` 1, at output stride 8).
+    scale (``medicalnet`` 1/4, ``linear`` and ``denseaspp`` 1/8, ``fpn`` 1, at output stride 8).
 
     Args:
         depth: 10, 18, 34, 50, 101, 152 or 200.
         out_channels: number of classes, background included.
-        head: ``"medicalnet"``, ``"linear"`` or ``"fpn"``.
+        head: ``"medicalnet"``, ``"linear"``, ``"fpn"`` or ``"denseaspp"``.
         dropout: probability of channel dropout before the head's last convolution.
         shortcut_type: see Med3DResNet.
         in_channels: channels of the input.
         output_stride: see Med3DResNet.
         freeze_backbone: train the head alone. The backbone gets no gradient and its batch norms keep their running
             statistics (the authors' advice for small data), whatever ``train()`` is called with.
+        head_options: further arguments of the head, such as ``{"rates": [2, 4, 6]}`` of ``denseaspp``.
 
     Raises:
         ValueError: an argument is not one of the above.
@@ -44,6 +48,7 @@ class SegmentationNet(nn.Module):
         in_channels: int = 1,
         output_stride: int = 8,
         freeze_backbone: bool = False,
+        head_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if head not in HEADS:
@@ -51,7 +56,8 @@ class SegmentationNet(nn.Module):
         if out_channels < 1:
             raise ValueError(f"out_channels={out_channels}: at least 1 is needed.")
         self.backbone = Med3DResNet(depth, shortcut_type, in_channels, output_stride)
-        self.head = HEADS[head](self.backbone.feature_channels, self.backbone.feature_strides, out_channels, dropout)
+        channels, strides = self.backbone.feature_channels, self.backbone.feature_strides
+        self.head = HEADS[head](channels, strides, out_channels, dropout, **(head_options or {}))
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             self.backbone.requires_grad_(False)

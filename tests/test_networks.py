@@ -143,6 +143,7 @@ def test_invalid_argument(arguments: dict, allowed: str) -> None:
     assert allowed in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:DenseASPP")  # of the published rates on small maps
 @pytest.mark.parametrize("head", HEADS)
 class TestSegmentationNet:
     @pytest.mark.parametrize("output_stride", [8, 16, 32])
@@ -153,13 +154,15 @@ class TestSegmentationNet:
             for size in [(16, 16, 16), (17, 33, 16), (33, 17, 50)]:
                 x = torch.randn(1, 2, *size)
                 top = [ceil(n / output_stride) for n in size]
-                own = {"medicalnet": [2 * n for n in top], "linear": top, "fpn": [2 * ceil(n / 2) for n in size]}
+                own = {"medicalnet": [2 * n for n in top], "linear": top, "denseaspp": top}
+                own["fpn"] = [2 * ceil(n / 2) for n in size]
                 assert net.head(net.backbone(x)).shape == (1, 3, *own[head])
                 assert net(x).shape == (1, 3, *size)
 
     def test_dropout_is_active_in_training_only(self, head: str) -> None:
-        net, x = SegmentationNet(10, 2, head, dropout=0.5), torch.randn(1, 1, 24, 24, 24)
-        plain = SegmentationNet(10, 2, head)
+        options = {"layer_dropout": 0.0} if head == "denseaspp" else {}
+        net = SegmentationNet(10, 2, head, dropout=0.5, head_options=options)
+        plain, x = SegmentationNet(10, 2, head, head_options=options), torch.randn(1, 1, 24, 24, 24)
         plain.load_state_dict(net.state_dict())
         with torch.no_grad():
             assert torch.equal(net.eval()(x), plain.eval()(x))
