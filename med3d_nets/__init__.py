@@ -9,6 +9,7 @@ from med3d_nets.acceleration import accelerate
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
+from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
 from med3d_nets.components import CleanLabelsd
 from med3d_nets.datalist import read_datalist, split_by_patient
 from med3d_nets.domain_data import (
@@ -73,6 +74,8 @@ __all__ = [
     "ClassifierRecord",
     "CleanLabelsd",
     "CoTraining",
+    "CoarseToFineInferer",
+    "CoarseToFineNet",
     "DomainDice",
     "DomainInferer",
     "DomainLoss",
