@@ -3,7 +3,7 @@
     python -m tools.liver_data make --source DATA_DIR --out OUT_DIR [--count 60] [--spacing 2.0] [--real true]
 
 It writes a Decathlon-style folder with labels 0 background, 1 liver, 2 tumour. Made scans come from the label maps of
-abdomen_organs_ct (`tools.organ_scans`) in turn, and belong to the patient of their map: with one map, as there is today,
+abdomen_organs_ct (`tools.organ_scans`) in turn, and belong to the patient of their map: with the one map of today
 they cannot be parted into training and validation (val_fraction=0). One scan of liver_ct, of another patient and
 scanner, is the test list and is never trained on. What is there already is kept.
 """
