@@ -9,6 +9,7 @@ PY := $(VENV)/bin/python
 BUNDLE ?= lung_ct_segmentation_resnet10
 OUT ?= demo/result
 CT ?=
+WORKERS ?= 2
 
 .PHONY: demo test test-slow check venv clean
 
@@ -29,11 +30,14 @@ demo: venv
 	    --bundle_root bundles/$(BUNDLE) --dataset_dir "$(or $(CT),demo/chest_ct.nii.gz)" --output_dir "$(OUT)"
 	@echo; echo "Mask, picture and volumes are in $(OUT):"; ls -1 "$(OUT)"
 
+# Two files at a time, one thread each: these tests are many small things that two threads cannot share.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
 test: venv
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: venv
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: venv
 	$(PY) -m ruff format --check med3d_nets tools tests
