@@ -55,6 +55,7 @@ from med3d_nets.switches import is_on
 from med3d_nets.tensorrt_net import with_tensorrt
 from med3d_nets.training import BestModel, Checkpoints, RandomState, latest_checkpoint
 from med3d_nets.transforms import CheckLabeld, RandMirrord
+from med3d_nets.two_stage_training import RandStagesd, TwoStageLoss, TwoStageTraining
 from med3d_nets.weights import initialise, load_backbone, load_checkpoint, load_network, warn_overlap
 
 __version__ = "0.1.0"
@@ -96,11 +97,14 @@ __all__ = [
     "PreciseNorm",
     "RandMirrord",
     "RandPatchd",
+    "RandStagesd",
     "RandomState",
     "ResampleRASd",
     "SeededDataset",
     "SegmentationNet",
     "SegmentationWriter",
+    "TwoStageLoss",
+    "TwoStageTraining",
     "WholeVolumeInferer",
     "__version__",
     "accelerate",
