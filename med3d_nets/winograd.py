@@ -18,7 +18,6 @@ from torch import nn
 _LEAST_CHANNELS = 256
 _LEAST_VOXELS = 4096
 _LEAST_SAVING = 2.0
-_ROWS = 256  # of a matrix product: few for the cache, enough that the weights are not most of what is read
 _TRANSFORM = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # of weights: G in the paper
 
 
