@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from med3d_nets.coarse_to_fine import CoarseToFineNet
 from med3d_nets.errors import InputError
 from med3d_nets.heads import FPNHead
 from med3d_nets.kernels import rewrite
@@ -110,6 +111,8 @@ def accelerate(
     if backend == "openvino":
         if precision == "bfloat16" or compile or not on_cpu:
             raise InputError("backend='openvino' runs on the CPU, in float32 and without compile; leave it at torch.")
+        if isinstance(network, CoarseToFineNet):
+            raise InputError("backend='openvino' runs networks of one stage; leave it at torch.")
         return OpenVINONet(folded, _channels(folded))
     if not compile:  # which would compile each number of slabs anew
         folded = in_slabs(folded)

@@ -57,6 +57,8 @@ class SegmentationWriter:
         bundle: name and version of the bundle, for the JSON.
         volume_range_ml: plausible volume of all labels together in mL; outside there is a warning. None: any is.
         max_spacing_mm: largest voxel size without a warning.
+        mean_hu: tell the mean HU of each label, too: at the network's spacing and clipped to ``hu_window``.
+        picture_hu: HU that are black and white in the picture, where ``hu_window`` is given.
         suffix: of the files' names.
         extra: what else the JSON tells.
         settings: what else shapes a result, for the JSON.
@@ -73,6 +75,8 @@ class SegmentationWriter:
         bundle: Mapping[str, str],
         volume_range_ml: Sequence[float] | None = (500.0, 10_000.0),
         max_spacing_mm: float = 5.0,
+        mean_hu: bool = False,
+        picture_hu: Sequence[float] = WINDOW_HU,
         suffix: str = "seg",
         extra: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -85,6 +89,8 @@ class SegmentationWriter:
         self.bundle = dict(bundle)
         self.volume_range_ml = volume_range_ml
         self.max_spacing_mm = max_spacing_mm
+        self.mean_hu = mean_hu
+        self.picture_hu = None if hu_window is None else picture_hu
         self.suffix = suffix
         self.extra = dict(extra or {})
         self.settings = {"labels": {name: value for value, name in self.labels.items()}, **(settings or {})}
@@ -112,6 +118,12 @@ class SegmentationWriter:
         mask = pred[0].numpy().astype(np.uint8)
         affine = _own_affine(image, pred)
         measures = measure(mask, affine, self.labels, self.volume_range_ml, self.max_spacing_mm)
+        written = nifti(mask, affine)
+        values, seen = self._seen(image, written)
+        if self.mean_hu:
+            for one in measures["labels"].values():
+                inside = values[seen == one["value"]]
+                one["mean_hu"] = round(float(inside.mean()), 1) if inside.size else None
         report = {
             "case": case,
             **origin,
@@ -122,10 +134,9 @@ class SegmentationWriter:
             **measures,
             "versions": versions(),
         }
-        written = nifti(mask, affine)
         contents: dict[str, nib.Nifti1Image | bytes] = {
             ".nii.gz": written,
-            ".png": self._picture(image, written, measures, case),
+            ".png": self._picture(values, seen, nib.affines.voxel_sizes(image.affine.numpy()).tolist(), measures, case),
         }
         if "pred_probabilities" in output:
             contents["_prob.nii.gz"] = _probabilities(output["pred_probabilities"], affine)
@@ -180,23 +191,33 @@ class SegmentationWriter:
     def _path(self, case: str, ending: str) -> Path:
         return self.output_dir / f"{case}_{self.suffix}{ending}"
 
-    def _picture(self, image: MetaTensor, written: nib.Nifti1Image, measures: dict[str, Any], case: str) -> bytes:
-        """The mask as written, brought onto the image's grid by the affines: a wrong place would show."""
+    def _seen(self, image: MetaTensor, written: nib.Nifti1Image) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """The network's input in HU, without its padding, and the mask as written, brought there by the affines."""
         low, high = self.hu_window or (0.0, 1.0)
-        affine = image.affine.numpy()
         ahead = nib.Nifti1Image(np.asarray(written.dataobj) + np.uint8(1), written.affine)  # 0 is beyond the input
-        moved = resample_from_to(ahead, (image.shape[1:], affine), order=0, mode="grid-constant")
+        moved = resample_from_to(ahead, (image.shape[1:], image.affine.numpy()), order=0, mode="grid-constant")
         found = np.asarray(moved.dataobj)
-        box = find_objects(np.minimum(found, 1))[0]  # without the network's padding
+        box = find_objects(np.minimum(found, 1))[0]
+        return image[0].numpy()[box] * (high - low) + low, np.maximum(found[box], 1) - np.uint8(1)
+
+    def _picture(
+        self,
+        values: NDArray[np.float32],
+        seen: NDArray[np.uint8],
+        spacing: Sequence[float],
+        measures: dict[str, Any],
+        case: str,
+    ) -> bytes:
+        """Image and mask on the network's grid: a wrong place would show."""
         volumes = [f"{name}  {one['volume_ml']:,.0f} mL" for name, one in measures["labels"].items()]
         return render_preview(
-            image[0].numpy()[box] * (high - low) + low,
-            np.maximum(found[box], 1) - np.uint8(1),
-            nib.affines.voxel_sizes(affine),
+            values,
+            seen,
+            spacing,
             dict(zip(self.labels, volumes, strict=True)),
             f"{case}: {measures['total_volume_ml']:,.0f} mL",
             measures["warnings"],
-            None if self.hu_window is None else WINDOW_HU,
+            self.picture_hu,
         )
 
     def _write(self, case: str, report: dict[str, Any], contents: Mapping[str, nib.Nifti1Image | bytes]) -> None:

@@ -344,3 +344,15 @@ def test_sagittal_slice_goes_through_the_largest_label() -> None:
     png = render_preview(np.zeros(mask.shape), mask, (2.0, 2.0, 2.0), NAMES, "")
     (_, columns), (_, width) = coloured(png, (0x3F, 0xB8, 0xFF))
     assert (columns > 0.75 * width).any()
+
+
+def test_mean_hu_on_request(tmp_path: Path, weights: Path) -> None:
+    """Of each label, in HU; of one that is not there, none."""
+    make_ct(tmp_path / "ct.nii.gz", GRIDS["flipped"])
+    make_evaluator([tmp_path / "ct.nii.gz"], tmp_path / "out", weights, mean_hu=True).run()
+    labels = json.loads((tmp_path / "out" / "ct_seg.json").read_text())["labels"]
+    assert all(-805 < labels[name]["mean_hu"] < -700 for name in LABELS.values())
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 40, np.int16), GRIDS["flipped"]), tmp_path / "body.nii.gz")
+    make_evaluator([tmp_path / "body.nii.gz"], tmp_path / "out", weights, mean_hu=True).run()
+    labels = json.loads((tmp_path / "out" / "body_seg.json").read_text())["labels"]
+    assert [one["mean_hu"] for one in labels.values()] == [None, None]
