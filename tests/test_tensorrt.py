@@ -20,6 +20,7 @@ from tests.bundle_runs import refusal, small_scan, write_volume
 ROOT = Path(__file__).parents[1]
 TASKS = {
     "lung_ct_segmentation": {},
+    "liver_ct_segmentation": {"network": "$@network_def.eval()"},  # ships no weights
     "med3d_multidomain_segmentation": {"domain": "liver_ct"},
     "med3d_feature_extraction": {},
 }
