@@ -23,6 +23,7 @@ from med3d_nets import DomainSampler, load_backbone, read_manifest, sampling_wei
 from med3d_nets.domain_data import SeededDataset
 from med3d_nets.resnet import Med3DResNet
 from tests.small_domains import BUNDLE, METADATA, ROOT, config, make_case, small, write_manifest
+from tests.torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -120,25 +121,9 @@ def test_two_processes_train_as_one_that_accumulates(data: Path, tmp_path: Path)
     options = {**small(dataset_dir=str(data), norm_batches=0, freeze_norm_after=0, val_fraction=0.0), "dropout": 0.0}
     # AdamW turns the rounding of a gradient that is nearly zero into a whole step; what SGD does is as large as it is
     options |= {"optimizer#_target_": "torch.optim.SGD", "learning_rate": 0.01}
-    (tmp_path / "options.json").write_text(json.dumps({**options, "output_dir": str(tmp_path / "two")}))
-    files = [config("train"), config("multi_gpu_train"), str(tmp_path / "options.json")]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "monai.bundle",
-    ]
-    done = subprocess.run(
-        [*command, "run", "--config_file", str(files), "--meta_file", METADATA],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    configs = ["train", "multi_gpu_train"]
+    done = torchrun(tmp_path / "start", BUNDLE, configs, **{**options, "output_dir": str(tmp_path / "two")})
+    assert done.returncode == 0, done.stdout
     alone = ConfigWorkflow(
         config_file=config("train"),
         meta_file=METADATA,

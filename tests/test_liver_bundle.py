@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,8 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from numpy.typing import NDArray
+
+from tests.torchrun import torchrun
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "bundles" / "liver_ct_segmentation_resnet10"
@@ -188,21 +189,9 @@ def test_wrong_keys(trained: Path, tmp_path: Path, options: dict, told: str) -> 
 
 @pytest.mark.slow
 def test_two_processes_train(lits: Path, tmp_path: Path) -> None:
-    (tmp_path / "options.json").write_text(json.dumps({**SMALL, **TRAINING}))
-    files = [config("train"), config("multi_gpu_train"), str(tmp_path / "options.json")]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "monai.bundle",
-    ]
-    command += ["run", "--config_file", str(files), "--meta_file", METADATA]
-    command += ["--dataset_dir", str(lits), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = {**SMALL, **TRAINING, "dataset_dir": str(lits), "output_dir": str(tmp_path / "out")}
+    done = torchrun(tmp_path / "start", BUNDLE, ["train", "multi_gpu_train"], **options)
+    assert done.returncode == 0, done.stdout
     assert (tmp_path / "out" / "model_last.pt").is_file()
 
 
