@@ -1,6 +1,6 @@
 """Segmentation in two stages: find the organ in the whole volume at low resolution, segment it inside its box.
 
-Chen, Ma, Zheng, arXiv 1904.00625, section 4.4 (liver on LiTS): coarse localisation of the whole volume at low
+Chen, Ma, Zheng, arXiv 1904.00625, experiment on LiTS: coarse localisation of the whole volume at low
 resolution, then segmentation of the enlarged region. That both stages share one encoder is a project choice.
 """
 

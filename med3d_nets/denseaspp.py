@@ -1,7 +1,7 @@
 """DenseASPP in 3D: densely connected dilated convolutions on layer4, the head of Med3D's liver segmentation.
 
-Yang, Yu, Zhang, Li, Yang, CVPR 2018 (DenseASPP for Semantic Segmentation in Street Scenes), section 3.2 and figure 3;
-Med3D (arXiv 1904.00625), section 4.4, puts it behind the encoder, with rates that it does not tell.
+Yang, Yu, Zhang, Li, Yang, CVPR 2018 (DenseASPP for Semantic Segmentation in Street Scenes), section 3;
+Med3D (arXiv 1904.00625), in its experiment on LiTS, puts it behind the encoder, with rates that it does not tell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def scaled_rates(size: Sequence[int], rates: Sequence[int] = RATES, edge: int = 
     """Scale rates to maps of another size, so that each reaches as far across the map as it does in the paper.
 
     A convolution whose rate is the map's size or more sees nothing but padding beside its centre: with the published
-    rates that are three of five on the 16³ map of a crop of 128³. Each axis has its own rates.
+    rates that are two of five on the 16³ map of a crop of 128³. Each axis has its own rates.
 
     Args:
         size: voxels of the map along X, Y, Z.

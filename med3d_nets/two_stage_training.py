@@ -1,6 +1,6 @@
 """Training of both stages at once: pairs of patches, one around the organ and one of the whole at low resolution.
 
-Chen, Ma, Zheng, arXiv 1904.00625, section 4.4: crops around the liver with random expansion, rotation and translation.
+Chen, Ma, Zheng, arXiv 1904.00625, experiment on LiTS: crops around the liver with random expansion, rotation and translation.
 Their sizes are not told, nor how the first stage was trained: project choices.
 """
 

@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 def composed(x: torch.Tensor, state: State, rates: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Yang 2018, section 3.2, one operation after the other, from a state dict: y_l = H(y_0 … y_(l-1), d_l)."""
+    """Yang 2018, section 3, one operation after the other, from a state dict: y_l = H(y_0 … y_(l-1), d_l)."""
 
     def norm(y: torch.Tensor, name: str) -> torch.Tensor:
         mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
