@@ -1,7 +1,7 @@
 """Training of both stages at once: pairs of patches, one around the organ and one of the whole at low resolution.
 
-Chen, Ma, Zheng, arXiv 1904.00625, experiment on LiTS: crops around the liver with random expansion, rotation and translation.
-Their sizes are not told, nor how the first stage was trained: project choices.
+Chen, Ma, Zheng, arXiv 1904.00625, experiment on LiTS: crops around the liver with random expansion, rotation and
+translation. Their sizes are not told, nor how the first stage was trained: project choices.
 """
 
 from __future__ import annotations
