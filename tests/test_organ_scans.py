@@ -12,7 +12,8 @@ import pytest
 
 from med3d_nets.errors import InputError
 from tools import liver_data
-from tools.organ_scans import LIVER, ORGANS, PHASES, TUMOUR, Anatomy, make_scan
+from tools.liver_tissue import LIVER, PHASES, TUMOUR
+from tools.organ_scans import ORGANS, Anatomy, make_scan
 
 SPACING = np.array([6.0, 6.0, 6.0])
 SHAPE = (44, 36, 40)
@@ -106,12 +107,12 @@ def source(tmp_path: Path) -> Path:
 class TestFolder:
     def test_real_and_made(self, source: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        liver_data.make(str(source), str(out), count=3, spacing=8.0)
+        liver_data.make(str(source), str(out), count=3, chests=1, spacing=8.0)
         index = json.loads((out / "dataset.json").read_text())
         names = [Path(entry["image"]).name[:-7] for entry in index["training"]]
-        assert names == ["totalseg_abdomen", "made_0000", "made_0001", "made_0002"]
+        assert names == ["totalseg_abdomen", "made_0000", "made_0001", "made_0002", "chest_0000"]
         assert [Path(entry["image"]).name for entry in index["test"]] == ["totalseg_dicom.nii.gz"]
-        assert {entry["patient"] for entry in index["training"][1:]} == {"abdomen"}
+        assert {entry.get("patient") for entry in index["training"][1:]} == {"abdomen", None}
         for entry in (*index["training"], *index["test"]):
             image, label = (nib.load(out / entry[key]) for key in ("image", "label"))
             assert np.array_equal(image.affine, label.affine) and image.shape == label.shape
@@ -121,17 +122,18 @@ class TestFolder:
 
     def test_what_is_there_is_kept(self, source: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        liver_data.make(str(source), str(out), count=1, spacing=8.0)
+        liver_data.make(str(source), str(out), count=1, chests=1, spacing=8.0)
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
-        liver_data.make(str(source), str(out), count=2, spacing=8.0, real=False)
+        liver_data.make(str(source), str(out), count=2, chests=1, spacing=8.0, real=False)
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-        assert len(json.loads((out / "dataset.json").read_text())["training"]) == 2
+        assert len(json.loads((out / "dataset.json").read_text())["training"]) == 3
 
     def test_nothing_to_train_on(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="Nothing to train on"):
-            liver_data.make(str(source), str(tmp_path / "out"), count=0, real=False)
-        with pytest.raises(InputError, match="count=-1"):
-            liver_data.make(str(source), str(tmp_path / "out"), count=-1)
+            liver_data.make(str(source), str(tmp_path / "out"), count=0, chests=0, real=False)
+        for wrong in ({"count": -1}, {"chests": -1}, {"spacing": 0.0}):
+            with pytest.raises(InputError, match=re.escape("{}={}".format(*next(iter(wrong.items()))))):
+                liver_data.make(str(source), str(tmp_path / "out"), **wrong)
 
 
 @pytest.mark.real_data

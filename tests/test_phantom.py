@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from med3d_nets.errors import InputError
 from tools import phantom as module
+from tools.liver_tissue import LIVER, PHASES, TUMOUR
 from tools.phantom import Phantom, make, make_phantom, sample, save_phantom
 from tools.phantom_lungs import DISEASES
 
@@ -99,6 +100,24 @@ def test_other_disease_changes_the_lung_and_not_the_label(disease: str) -> None:
     assert np.abs(healthy.image - sick.image)[inside].max() > 30
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_liver_is_labelled_beneath_the_right_lung(seed: int) -> None:
+    """In the same patient: under the dome, on the right, of the HU of an organ, without gas, bone or fluid."""
+    lungs, liver = (
+        make_phantom(seed, spacing=(4.0, 4.0, 4.0), pathology=None, noise=0.0, organ=organ)
+        for organ in ("lungs", "liver")
+    )
+    inside = liver.label > 0
+    assert not (inside & (lungs.label > 0)).any()
+    assert set(np.unique(liver.label)) <= {0, LIVER, TUMOUR} and liver.info["phase"] in PHASES
+    assert 50 < inside.sum() * 0.064 < 2500  # mL
+    middle, right = (np.argwhere(mask).mean(axis=0) for mask in (inside, lungs.label == 2))
+    assert middle[2] < right[2] and middle[0] > liver.image.shape[0] / 2
+    hu = liver.image[ndimage.binary_erosion(liver.label == LIVER)]
+    assert np.percentile(hu, 1) > 0 and np.percentile(hu, 99) < 250
+    assert np.ptp(np.percentile(hu, [25, 75])) < 40  # one organ, veins apart
+
+
 @pytest.mark.parametrize("region", sorted(module.REGIONS))
 def test_regions(region: str) -> None:
     phantom = make_phantom(2, spacing=COARSE, region=region)
@@ -166,6 +185,7 @@ def test_sample_is_one_chest(tmp_path: Path) -> None:
         ({"spacing": (1, 0, 1)}, "spacing.*positive"),
         ({"spacing": 4}, "spacing is 4; give three positive numbers"),
         ({"size_mm": (100, 100)}, "size_mm.*three"),
+        ({"organ": "heart"}, "heart.*'lungs' or 'liver'"),
     ],
 )
 def test_wrong_arguments(wrong: dict, message: str) -> None:

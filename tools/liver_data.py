@@ -1,10 +1,11 @@
-"""The training folder of the liver bundles: real scans, and scans made from label maps.
+"""The training folder of the liver bundles: real scans, scans made from label maps, and drawn chests.
 
-    python -m tools.liver_data make --source DATA_DIR --out OUT_DIR [--count 60] [--spacing 2.0] [--real true]
+    python -m tools.liver_data make --source DATA_DIR --out OUT_DIR [--count 60] [--chests 30] [--real true]
 
 It writes a Decathlon-style folder with labels 0 background, 1 liver, 2 tumour. Made scans come from the label maps of
 abdomen_organs_ct (`tools.organ_scans`) in turn, and belong to the patient of their map: with the one map of today
-they cannot be parted into training and validation (val_fraction=0). One scan of liver_ct, of another patient and
+they cannot be parted into training and validation (val_fraction=0). That map ends below the dome of the liver; chests
+drawn from formulas (`tools.phantom`) show it, under lungs and heart. One scan of liver_ct, of another patient and
 scanner, is the test list and is never trained on. What is there already is kept.
 """
 
@@ -22,28 +23,32 @@ from med3d_nets.datalist import Case, read_datalist
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from tools.organ_scans import Anatomy, make_scan
-from tools.phantom import Phantom, save_phantom
+from tools.phantom import Phantom, field_of_view, make_phantom, save_phantom
 
 LABELS = {"0": "background", "1": "liver", "2": "tumour"}
 HELD_OUT = "totalseg_dicom"
+_REGIONS = ("thorax", "thorax", "thorax", "crop")  # those that end a little below the dome
 
 
-def make(source: str, out: str, count: int = 60, spacing: float = 2.0, real: bool = True, seed: int = 0) -> None:
+def make(
+    source: str, out: str, count: int = 60, chests: int = 30, spacing: float = 2.0, real: bool = True, seed: int = 0
+) -> None:
     """Build the folder.
 
     Args:
         source: folder with liver_ct and abdomen_organs_ct, both Decathlon-style.
         out: folder to write; cases that it holds already are kept.
-        count: number of made scans.
-        spacing: their voxel size in the plane, mm.
+        count: number of scans made from label maps.
+        chests: number of drawn chests, whose abdomen below the dome is too plain to learn from.
+        spacing: voxel size of both in the plane, mm.
         real: put real scans into the training list too, together as often as a quarter of the made ones.
-        seed: of the first made scan; scan i has ``seed + i``.
+        seed: of the first made scan and the first chest; number i has ``seed + i``.
 
     Raises:
         InputError: a folder lacks its dataset.json or files, or nothing is left to train on.
     """
-    if count < 0 or spacing <= 0:
-        raise InputError(f"count={count}, spacing={spacing}: a count of at least 0 and a positive spacing are needed.")
+    if min(count, chests) < 0 or spacing <= 0:
+        raise InputError(f"count={count}, chests={chests}, spacing={spacing}: no count is negative, no spacing is 0.")
     folder = Path(out)
     scans = read_datalist(Path(source) / "liver_ct")
     training = [_real(folder, case, "Tr") for case in scans if real and case["case"] != HELD_OUT]
@@ -52,12 +57,13 @@ def make(source: str, out: str, count: int = 60, spacing: float = 2.0, real: boo
     anatomies = read_datalist(Path(source) / "abdomen_organs_ct") if count else []
     for number in range(count):
         training.append(_made(folder, anatomies[number % len(anatomies)], seed + number, spacing))
+    training += [_drawn(folder, seed + number, spacing) for number in range(chests)]
     if not training:
         raise InputError("Nothing to train on: give a count above 0, or real=true with scans in liver_ct.")
     test = [_real(folder, case, "Ts") for case in scans if case["case"] == HELD_OUT]
     index = {
         "name": "liver_ct_made",
-        "description": "liver in CT: real scans with a model's labels, and scans made from a label map",
+        "description": "liver in CT: real scans with a model's labels, scans made from a label map, drawn chests",
         "modality": {"0": "CT"},
         "labels": LABELS,
         "numTraining": len(training),
@@ -97,6 +103,17 @@ def _made(folder: Path, case: Case, seed: int, spacing: float) -> dict[str, Any]
         save_phantom(scan, folder / entry["image"], folder / entry["label"])
         print(f"{entry['image']}: {scan.info['phase']}, {scan.info['lesions']} lesions", flush=True)
     return {**entry, "patient": case["patient"], "weight": 1.0}
+
+
+def _drawn(folder: Path, seed: int, spacing: float) -> dict[str, Any]:
+    """Add a drawn chest unless it is there."""
+    entry = _entry(f"chest_{seed:04d}", "Tr")
+    if not _is_there(folder, entry):
+        region = _REGIONS[seed % len(_REGIONS)]
+        phantom = make_phantom(seed, field_of_view(seed), (spacing, spacing, spacing), region, organ="liver")
+        save_phantom(phantom, folder / entry["image"], folder / entry["label"])
+        print(f"{entry['image']}: {phantom.info['phase']}, {phantom.info['lesions']} lesions", flush=True)
+    return {**entry, "weight": 1.0}
 
 
 def _entry(name: str, part: str) -> dict[str, Any]:

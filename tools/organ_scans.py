@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from med3d_nets.errors import InputError
-from tools import phantom_scanner
+from tools import liver_tissue, phantom_scanner
+from tools.liver_tissue import PHASES
 from tools.phantom import Phantom
-from tools.phantom_shapes import Array, Space, cover, noise
+from tools.phantom_shapes import Array, Space
 
-PHASES = ("native", "arterial", "portal venous")
-LIVER, TUMOUR = 1, 2  # labels of the scans that are made
 _LIVER = 5  # in the label map
 
 
@@ -94,10 +93,7 @@ def make_scan(anatomy: Anatomy, seed: int, spacing: float = 2.0) -> Phantom:
     image = _sampled(anatomy.image, where, cval=-1000)
     image += _sampled(_shift(anatomy, phase, rng), where)
     liver = np.clip(_sampled((anatomy.labels == _LIVER).astype(np.float32), where), 0, 1)
-    _draw_vessels(image, liver, space, phase, rng)
-    tumour, count = _draw_lesions(image, liver, space, phase, rng)
-    label = np.where(liver >= 0.5, LIVER, 0).astype(np.uint8)
-    label[(liver >= 0.5) & (tumour >= 0.5)] = TUMOUR
+    label, count = liver_tissue.finish(image, liver, space, phase, rng)
     image = phantom_scanner.acquire(image, space, rng, _body(image, space))
     image = phantom_scanner.cut(image, label, space, rng)
     affine = np.diag([*space.spacing, 1.0])
@@ -116,7 +112,7 @@ def _space(anatomy: Anatomy, rng: np.random.Generator, spacing: float) -> Space:
         high = rng.uniform(max(low + 60, rows[0] + 0.5 * (rows[-1] - rows[0])), size[2] / 2 + 30)
         size[2], middle[2] = high - low, (low + high) / 2
     shape = np.maximum(np.rint(size / step), 16).astype(int)
-    return Space(rng, shape, step, middle - (shape - 1) * step / 2, bend=float(rng.uniform(3, 9)))
+    return Space(rng, shape, step, middle - (shape - 1) * step / 2, bend=float(rng.uniform(3, 12)))
 
 
 def _source_voxels(anatomy: Anatomy, space: Space, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -157,35 +153,6 @@ def _shift(anatomy: Anatomy, phase: int, rng: np.random.Generator) -> Array:
     shift[bones] = (rng.uniform(0.8, 1.25) - 1) * anatomy.image[bones]
     smooth: Array = ndimage.gaussian_filter(shift, 0.4)
     return smooth
-
-
-def _draw_vessels(image: Array, liver: Array, space: Space, phase: int, rng: np.random.Generator) -> None:
-    """Curves where two smooth random fields are zero: veins of the liver, brighter than it after contrast."""
-    difference = rng.normal((-6, 15, 45)[phase], (4, 15, 15)[phase])
-    scale = rng.uniform(35, 60)
-    across = noise(rng, space.shape, space.spacing, scale) ** 2 + noise(rng, space.shape, space.spacing, scale) ** 2
-    image += np.float32(difference) * liver**2 * np.exp(-across / np.float32(rng.uniform(0.01, 0.03)))
-
-
-def _draw_lesions(image: Array, liver: Array, space: Space, phase: int, rng: np.random.Generator) -> tuple[Array, int]:
-    """Tumours and cysts in the liver; returns how much of each voxel is tumour, and the number of lesions."""
-    tumour = np.zeros_like(liver)
-    inside = np.argwhere(liver > 0.9)
-    count = int(rng.poisson(2.5)) if len(inside) and rng.random() < 0.7 else 0
-    grid = np.meshgrid(*space.axes, indexing="ij", sparse=True)
-    for _ in range(count):
-        centre = space.origin + inside[rng.integers(len(inside))] * space.spacing
-        radius = float(np.exp(rng.uniform(np.log(4), np.log(45))))
-        radii = radius * rng.uniform(0.7, 1.3, 3)
-        square = sum(((g - np.float32(c)) / np.float32(r)) ** 2 for g, c, r in zip(grid, centre, radii, strict=True))
-        bumps = np.float32(rng.uniform(0, 0.2)) * noise(rng, space.shape, space.spacing, max(8.0, radius))
-        part = cover((np.sqrt(square) - 1 + bumps) * np.float32(radius), space.edge) * liver
-        if rng.random() < 0.25:  # a cyst, which is liver
-            image += part * (np.float32(rng.normal(8, 6)) - image)
-        else:
-            image += part * np.float32(rng.normal(*((-18, 10), (-5, 35), (-40, 18))[phase]))
-            np.maximum(tumour, part, out=tumour)
-    return tumour, count
 
 
 def _body(image: Array, space: Space) -> Array:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
+from tools import liver_tissue, phantom_lungs, phantom_scanner, phantom_tissue
 from tools import phantom_anatomy as anatomy
-from tools import phantom_lungs, phantom_scanner, phantom_tissue
 from tools.phantom_shapes import Array, Space, cover, paint
 
 LABELS = {"0": "background", "1": "left lung", "2": "right lung"}
@@ -46,7 +46,7 @@ class Phantom:
 
     Attributes:
         image: float32 HU, shape (X, Y, Z); x grows to the patient's right, y to the front, z to the head.
-        label: uint8 of the same shape: 0 background, 1 left lung, 2 right lung.
+        label: uint8 of the same shape: 0 background, 1 left lung, 2 right lung; or 1 liver, 2 tumour.
         affine: (4, 4) voxel to RAS mm.
         info: what was drawn.
     """
@@ -64,6 +64,7 @@ def make_phantom(
     region: str = "thorax",
     pathology: str | None = "random",
     noise: float | None = None,
+    organ: str = "lungs",
 ) -> Phantom:
     """Make one synthetic CT; the same arguments give the same scan.
 
@@ -74,17 +75,19 @@ def make_phantom(
         region: one of `REGIONS`, or "random".
         pathology: one of `tools.phantom_lungs.DISEASES`, None for healthy lungs, or "random" (disease in 40 %).
         noise: standard deviation in HU, 0 for none, None for a random one.
+        organ: what is labelled: "lungs" (1 left, 2 right), or "liver" (1 liver, 2 tumour), which then has veins and
+            lesions too.
 
     Raises:
-        InputError: an unknown region or pathology, or a spacing or size that is not positive.
+        InputError: an unknown region, pathology or organ, or a spacing or size that is not positive.
     """
-    _check(size_mm, spacing, region, pathology)
+    _check(size_mm, spacing, region, pathology, organ)
     rng = np.random.default_rng(seed)
     if region == "random":
         region = str(rng.choice(list(_OFTEN), p=list(_OFTEN.values())))
     patient = anatomy.Patient.draw(rng)
     space, fine = _space(rng, patient, size_mm, spacing, region)
-    image, label, body, drawn = _draw(space, patient, _diseases(rng, pathology))
+    image, label, body, drawn = _draw(space, patient, _diseases(rng, pathology), organ)
     image = phantom_scanner.acquire(image, space, rng, body, noise)
     image, label = _thicken(image, label, fine)
     image = phantom_scanner.cut(image, label, space, rng)
@@ -139,11 +142,13 @@ def sample(path: str, seed: int = 7, spacing: Sequence[float] = (1.5, 1.5, 2.0),
     print(path)
 
 
-def _check(size_mm: Sequence[float], spacing: Sequence[float], region: str, pathology: str | None) -> None:
+def _check(size_mm: Sequence[float], spacing: Sequence[float], region: str, pathology: str | None, organ: str) -> None:
     if region != "random" and region not in REGIONS:
         raise InputError(f"region is {region!r}; use one of {[*REGIONS, 'random']}")
     if pathology not in (None, "random") and pathology not in phantom_lungs.DISEASES:
         raise InputError(f"pathology is {pathology!r}; use None, 'random' or one of {list(phantom_lungs.DISEASES)}")
+    if organ not in ("lungs", "liver"):
+        raise InputError(f"organ is {organ!r}; use 'lungs' or 'liver'")
     for name, values in (("size_mm", size_mm), ("spacing", spacing)):
         numbers = np.shape(values) == (3,) and all(isinstance(v, (int, float, np.number)) for v in values)
         if not numbers or not all(np.isfinite(v) and v > 0 for v in values):
@@ -185,7 +190,9 @@ def _space(
     return Space(rng, shape, step, centre - (shape - 1) * step / 2, p.scale, rng.uniform(2, 6)), fine
 
 
-def _draw(space: Space, p: anatomy.Patient, diseases: list[str]) -> tuple[Array, NDArray[np.uint8], Array, dict]:
+def _draw(
+    space: Space, p: anatomy.Patient, diseases: list[str], organ: str
+) -> tuple[Array, NDArray[np.uint8], Array, dict]:
     rng, tissue = p.rng, phantom_tissue.Tissue.draw(p.rng)
     arms = str(rng.choice(["up", "down", "none"], p=[0.65, 0.25, 0.1]))
     prone = bool(rng.random() < 0.05)
@@ -196,9 +203,11 @@ def _draw(space: Space, p: anatomy.Patient, diseases: list[str]) -> tuple[Array,
     left, right, under = anatomy.lungs(space, p, organs.mediastinum)
     image = np.full(space.shape, -1000, dtype=np.float32)
     phantom_tissue.draw_body(image, space, p, tissue, body, cage, skin)
-    phantom_tissue.draw_abdomen(image, space, p, tissue, cage, under)
+    liver = phantom_tissue.draw_abdomen(image, space, p, tissue, cage, under)
+    soft = image.copy()
     phantom_tissue.draw_mediastinum(image, space, p, tissue, organs)
     phantom_tissue.draw_bones(image, space, p, tissue, cage, arms)
+    liver[np.abs(image - soft) > 5] = 0  # HU: drawn over
     lungs = phantom_lungs.parenchyma(space, p, left, right, prone)
     phantom_lungs.draw_vessels(lungs, tissue.veins)
     phantom_lungs.draw_fissures(lungs)
@@ -207,23 +216,35 @@ def _draw(space: Space, p: anatomy.Patient, diseases: list[str]) -> tuple[Array,
     motion = np.float32(rng.uniform(0, 10) if rng.random() < 0.5 else 0)  # breathing blurs the diaphragm
     moving = np.clip(1 - np.abs(under) / 15, 0, 1) * np.clip(-cage / 10 - 0.5, 0, 1)
     paint(image, cover(lungs.both, space.edge + motion * moving), lungs.hu)
+    paint(liver, cover(lungs.both, space.edge), 0.0)
     if lungs.fluid is not None:
         paint(image, cover(lungs.fluid, space.edge), rng.uniform(0, 30))
+        paint(liver, cover(lungs.fluid, space.edge), 0.0)
     phantom_tissue.draw_airway(image, space, tissue, organs)
     phantom_scanner.draw_table(image, space, rng, skin, prone)
-    label = np.zeros(space.shape, dtype=np.uint8)
-    label[lungs.sides[0] < 0] = 1
-    label[lungs.sides[1] < 0] = 2
-    for name in ("trachea", "right_bronchus", "left_bronchus"):
-        label[organs.tubes[name] < 1] = 0
-    drawn = {
+    drawn: dict[str, Any] = {
         "pathology": diseases,
         "arms": arms,
         "prone": prone,
         "blood_hu": round(tissue.blood),
         "scale": round(p.scale, 3),
     }
+    if organ == "liver":
+        phase = 0 if tissue.blood < 60 else 1 if tissue.veins < 0.7 * tissue.blood else 2
+        label, drawn["lesions"] = liver_tissue.finish(image, liver, space, phase, rng)
+        drawn["phase"] = liver_tissue.PHASES[phase]
+    else:
+        label = _label_lungs(space, lungs, organs)
     return image, label, skin, drawn
+
+
+def _label_lungs(space: Space, lungs: phantom_lungs.Lungs, organs: anatomy.Organs) -> NDArray[np.uint8]:
+    label = np.zeros(space.shape, dtype=np.uint8)
+    label[lungs.sides[0] < 0] = 1
+    label[lungs.sides[1] < 0] = 2
+    for name in ("trachea", "right_bronchus", "left_bronchus"):
+        label[organs.tubes[name] < 1] = 0
+    return label
 
 
 def _thicken(image: Array, label: NDArray[np.uint8], fine: int) -> tuple[Array, NDArray[np.uint8]]:

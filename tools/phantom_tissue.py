@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from tools.phantom_anatomy import LOW, Organs, Patient
 from tools.phantom_shapes import Array, Slices, Space, cover, lookup, noise, paint, smooth_min
 
+Images = tuple[Array, Array]  # HU, and the part of each voxel that is liver
+
 
 @dataclass
 class Tissue:
@@ -110,11 +112,14 @@ def draw_airway(image: Array, space: Space, t: Tissue, organs: Organs) -> None:
     paint(image, cover(sdf, space.edge), -990)
 
 
-def draw_abdomen(image: Array, space: Space, p: Patient, t: Tissue, cage: Array, under: Array) -> None:
-    """Liver, spleen, stomach with gas, kidneys and bowel; `under` is the distance above the diaphragm."""
+def draw_abdomen(image: Array, space: Space, p: Patient, t: Tissue, cage: Array, under: Array) -> Array:
+    """Liver, spleen, stomach with gas, kidneys and bowel; `under` is the distance above the diaphragm.
+
+    Returns the part of each voxel (0..1) that is liver.
+    """
     rng, edge = p.rng, space.edge
     if not (under > 10).any():
-        return
+        return np.zeros_like(image)
     hills = noise(rng, space.shape, space.spacing, 50)
     inside = np.maximum(cage + np.float32(6), np.float32(3) - under)
     paint(image, cover(np.maximum(cage + np.float32(1), -under), edge), t.muscle)
@@ -124,13 +129,15 @@ def draw_abdomen(image: Array, space: Space, p: Patient, t: Tissue, cage: Array,
     slope = np.float32(rng.uniform(0.1, 0.5))
     liver = np.maximum(inside, np.float32(rng.uniform(-75, -20)) - space.u + 8 * hills - slope * (space.w - right))
     liver = np.maximum(liver, end - space.w + 10 * hills + np.float32(0.4) * (space.v + 40))
-    paint(image, cover(liver, edge), t.liver + 6 * noise(rng, space.shape, space.spacing, 12))
+    liver = cover(liver, edge)
+    paint(image, liver, t.liver + 6 * noise(rng, space.shape, space.spacing, 12))
+    both = (image, liver)
     for side in (-1, 1):
         _organ(
-            image, space, (side * 58, -0.5 * p.depth, right - rng.uniform(105, 150)), (26, 24, 55), t.liver + 20, inside
+            both, space, (side * 58, -0.5 * p.depth, right - rng.uniform(105, 150)), (26, 24, 55), t.liver + 20, inside
         )
     _organ(
-        image,
+        both,
         space,
         (-90, -0.45 * p.depth, left - rng.uniform(45, 70)),
         (30, 42, rng.uniform(42, 65)),
@@ -138,29 +145,33 @@ def draw_abdomen(image: Array, space: Space, p: Patient, t: Tissue, cage: Array,
         inside,
     )
     centre = (rng.uniform(-62, -40), p.depth * rng.uniform(0.1, 0.4), left - rng.uniform(35, 60))
-    _hollow(image, space, p, centre, rng.uniform([30, 30, 30], [48, 48, 58]), inside)
+    _hollow(both, space, p, centre, rng.uniform([30, 30, 30], [48, 48, 58]), inside)
     for _ in range(int(rng.integers(20, 60))):
         low = (rng.uniform(-105, 105), p.depth * rng.uniform(-0.2, 0.8), rng.uniform(end - 230, end + 25))
-        _hollow(image, space, p, low, rng.uniform(11, 34, 3), inside)
+        _hollow(both, space, p, low, rng.uniform(11, 34, 3), inside)
     if rng.random() < 0.7:  # the colon's left bend lies right under the diaphragm
         high = (rng.uniform(-105, -70), p.depth * rng.uniform(-0.1, 0.6), left - rng.uniform(30, 60))
-        _hollow(image, space, p, high, rng.uniform(18, 30, 3), inside)
+        _hollow(both, space, p, high, rng.uniform(18, 30, 3), inside)
+    return liver
 
 
-def _organ(image: Array, space: Space, centre: tuple, radii: tuple, value: float, inside: Array) -> None:
+def _organ(images: Images, space: Space, centre: tuple, radii: tuple, value: float, inside: Array) -> None:
     patch = space.ellipsoid(centre, radii)
     if patch is not None:
-        paint(image[patch.where], cover(np.maximum(patch.sdf, inside[patch.where]), space.edge), value)
+        part = cover(np.maximum(patch.sdf, inside[patch.where]), space.edge)
+        for image, level in zip(images, (value, 0.0), strict=True):
+            paint(image[patch.where], part, level)
 
 
-def _hollow(image: Array, space: Space, p: Patient, centre: tuple, radii: NDArray[np.float64], inside: Array) -> None:
+def _hollow(images: Images, space: Space, p: Patient, centre: tuple, radii: NDArray[np.float64], inside: Array) -> None:
     """Stomach or a loop of bowel: wall, fluid or faeces, and gas on top."""
     patch = space.ellipsoid(centre, radii)
     if patch is None:
         return
-    rng, view = p.rng, image[patch.where]
+    rng, view = p.rng, images[0][patch.where]
     folds = noise(rng, view.shape, space.spacing, rng.uniform(12, 40))
     sdf = np.maximum(patch.sdf + 3 * folds, inside[patch.where])
+    paint(images[1][patch.where], cover(sdf, space.edge), 0.0)
     paint(view, cover(sdf, space.edge), rng.uniform(25, 60))
     filling = rng.uniform(0, 40) + (0 if rng.random() < 0.6 else 150 * noise(rng, view.shape, space.spacing, 6) - 100)
     paint(view, cover(sdf + np.float32(3), space.edge), np.clip(filling, -900, 150).astype(np.float32))
