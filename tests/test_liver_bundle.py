@@ -16,6 +16,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 from numpy.typing import NDArray
 
+from med3d_nets.errors import InputError
+from tests.test_bad_input import BAD
 from tests.torchrun import torchrun
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +186,19 @@ def test_wrong_keys(trained: Path, tmp_path: Path, options: dict, told: str) -> 
     with pytest.raises(Exception) as error:
         run("inference", dataset_dir=str(scan), output_dir=str(tmp_path / "out"), weights=str(trained), **options)
     assert told in repr(error.getrepr(chain=True))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(trained: Path, tmp_path: Path, name: str) -> None:
+    """What the lung bundle refuses, in the same words, and no file is left."""
+    make, words = BAD[name]
+    (tmp_path / "in").mkdir()
+    path = make(tmp_path / "in")
+    with pytest.raises((InputError, RuntimeError, OSError)) as error:
+        run("inference", dataset_dir=str(path), output_dir=str(tmp_path / "out"), weights=str(trained))
+    told = repr(error.getrepr(chain=True))
+    assert all(word in told for word in (str(path), *words))
     assert not list((tmp_path / "out").glob("*"))
 
 
