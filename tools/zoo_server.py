@@ -1,0 +1,142 @@
+"""A private zoo: its zips, its index and a page of its bundles, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urljoin
+
+from tools.zoo_index import NAME, Record, by_version, load_index, parse_key
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1b1f24 }
+table { border-collapse: collapse; width: 100% }
+th, td { border-bottom: 1px solid #d5d9de; padding: .5rem .6rem; text-align: left; vertical-align: top }
+th { background: #f2f4f6 }
+pre { background: #f2f4f6; padding: .5rem; overflow-x: auto; font-size: 13px; margin: .3rem 0 }
+.wide { overflow-x: auto }
+.muted { color: #59636e }
+@media (prefers-color-scheme: dark) {
+  body { background: #14171a; color: #e6e9ec } th, pre { background: #20252a } th, td { border-color: #3a4148 }
+  a { color: #7ab7ff } .muted { color: #9aa4ae }
+}
+"""
+
+
+class Zoo(ThreadingHTTPServer):
+    """Server of a folder that `tools.zoo pack` made; it gives nothing but what the index names.
+
+    Args:
+        folder: with ``model_info.json`` and zips; both are read anew for each request.
+        host: address to listen on.
+        port: 0 is a free one, see ``server_port``.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, host: str, port: int) -> None:
+        self.folder = folder
+        super().__init__((host, port), _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Zoo
+
+    def do_GET(self) -> None:
+        base = f"http://{self.headers.get('Host') or 'localhost'}/"
+        index = {key: _at(base, record) for key, record in load_index(self.server.folder).items()}
+        name = unquote(self.path.partition("?")[0]).lstrip("/")
+        if name == "":
+            self._text(page(index, base), "text/html")
+        elif name == NAME:
+            self._text(json.dumps(index, indent=2), "application/json")
+        elif name.removesuffix(".zip") in index and name.endswith(".zip"):
+            self._file(self.server.folder / name)
+        else:
+            self.send_error(404, "The zoo has no such file; its list is at /")
+
+    do_HEAD = do_GET
+
+    def _text(self, text: str, kind: str) -> None:
+        content = text.encode()
+        self._head(200, len(content), f"{kind}; charset=utf-8")
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def _file(self, path: Path) -> None:
+        """A zip, or what comes after the byte that an interrupted download asks for."""
+        size = path.stat().st_size
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        if start >= size:
+            self.send_error(416)
+            return
+        if match:
+            self._head(206, size - start, "application/zip", {"Content-Range": f"bytes {start}-{size - 1}/{size}"})
+        else:
+            self._head(200, size, "application/zip")
+        if self.command == "GET":
+            with path.open("rb") as stream:
+                stream.seek(start)
+                shutil.copyfileobj(stream, self.wfile)
+
+    def _head(self, status: int, length: int, kind: str, more: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(length), "Accept-Ranges": "bytes", **(more or {})}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def page(index: Mapping[str, Record], base: str) -> str:
+    """The list of bundles as HTML, which needs no JavaScript.
+
+    Args:
+        index: records, their sources as addresses.
+        base: address of the zoo, with ``/`` at its end.
+    """
+    rows = "".join(_row(key, index[key], base) for key in sorted(index, key=by_version))
+    heads = "".join(f"<th>{head}</th>" for head in ("Bundle", "Task", "Depth", "Scores", "Weights", "Licence", "Size"))
+    body = f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>' if rows else "<p>No bundle yet.</p>"
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Bundle zoo</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
+        f'<h1>Bundle zoo</h1><p>{len(index)} MONAI bundles; <a href="{NAME}">{NAME}</a>. '
+        "The first command checks the download's SHA-256, the second, MONAI's own, does not.</p>"
+        f"{body}</body></html>\n"
+    )
+
+
+def _row(key: str, record: Record, base: str) -> str:
+    name, version = parse_key(key)
+    commands = (
+        f"python -m tools.zoo fetch {name} --index {base}{NAME} --version {version}\n"
+        f"python -m monai.bundle download --name {name} --url {record['source']} --bundle_dir ."
+    )
+    cells = (
+        f"<strong>{escape(name)}</strong> {escape(version)}<br>"
+        f'<span class="muted">{escape(str(record.get("description", "")))}</span><pre>{escape(commands)}</pre>',
+        escape(str(record.get("task", ""))),
+        escape(str(record.get("depth", ""))),
+        _scores(record.get("scores", {})),
+        "yes" if record.get("has_weights") else "train them",
+        escape(str(record.get("licence", ""))),
+        f'<a href="{escape(record["source"])}">{record["size"] / 1e6:.1f} MB</a>',
+    )
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    lines = [f"{escape(name.replace('_', ' '))} {value}" for name, value in scores.items()]
+    return "<br>".join(lines) or "–"
+
+
+def _at(base: str, record: Record) -> Record:
+    """The record with its source as an address."""
+    return {**record, "source": urljoin(base, record["source"])}
