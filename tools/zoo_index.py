@@ -123,7 +123,7 @@ def describe(bundle: Bundle, path: Path, source: str) -> Record:
         "version": metadata["version"],
         "monai_version": metadata["monai_version"],
         "depth": bundle.depth,
-        "licence": " ".join(bundle.text("LICENSE").split()[:4]),
+        "licence": " ".join(bundle.text("LICENSE").split()[:4]).rstrip(","),  # of Apache's
         "has_weights": f"{bundle.name}/models/model.pt" in sizes,
         "scores": metadata.get("eval_metrics", {}),
     }

@@ -19,7 +19,10 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem
 table { border-collapse: collapse; width: 100% }
 th, td { border-bottom: 1px solid #d5d9de; padding: .5rem .6rem; text-align: left; vertical-align: top }
 th { background: #f2f4f6 }
-pre { background: #f2f4f6; padding: .5rem; overflow-x: auto; font-size: 13px; margin: .3rem 0 }
+td:first-child, td:nth-child(4) { white-space: nowrap }
+.how td { white-space: normal !important }
+tr:not(.how) td { border-bottom: 0 }
+pre { background: #f2f4f6; padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0 }
 .wide { overflow-x: auto }
 .muted { color: #59636e }
 @media (prefers-color-scheme: dark) {
@@ -119,17 +122,18 @@ def _row(key: str, record: Record, base: str) -> str:
         f"python -m tools.zoo fetch {name} --index {base}{NAME} --version {version}\n"
         f"python -m monai.bundle download --name {name} --url {record['source']} --bundle_dir ."
     )
+    about = f'<br><span class="muted">{escape(str(record.get("description", "")))}</span>'
     cells = (
-        f"<strong>{escape(name)}</strong> {escape(version)}<br>"
-        f'<span class="muted">{escape(str(record.get("description", "")))}</span><pre>{escape(commands)}</pre>',
-        escape(str(record.get("task", ""))),
+        f"<strong>{escape(name)}</strong> {escape(version)}",
+        escape(str(record.get("task", ""))) + about,
         escape(str(record.get("depth", ""))),
         _scores(record.get("scores", {})),
         "yes" if record.get("has_weights") else "train them",
         escape(str(record.get("licence", ""))),
         f'<a href="{escape(record["source"])}">{record["size"] / 1e6:.1f} MB</a>',
     )
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr>{row}</tr><tr class="how"><td colspan="{len(cells)}"><pre>{escape(commands)}</pre></td></tr>'
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
