@@ -1,4 +1,4 @@
-"""Scores of a classifier: probabilities per case, accuracy and AUC with intervals."""
+"""Scores of a classifier: probabilities per case, accuracy, AUC, sensitivity and calibration with intervals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class ClassScores:
         self._cases = {}
         labelled = bool(cases) and all(one["truth"] is not None for one in cases.values())
         summary = summarise(list(cases.values()), self.classes, self.bootstrap_samples) if labelled else {}
-        engine.state.metrics.update({name: summary[name]["value"] for name in ("accuracy", "auc") if summary})
+        told = [name for name, score in summary.items() if isinstance(score, dict) and "ci95" in score]
+        engine.state.metrics.update({name: summary[name]["value"] for name in told})
         if rank() != 0:
             return
         report = {
@@ -80,7 +81,7 @@ class ClassScores:
         }
         self._write("predictions.csv", _csv(cases, self.classes, labelled) if cases else None)
         self._write("scores.json", f"{json.dumps(report, indent=2)}\n" if labelled else None)
-        for name in ("accuracy", "auc") if summary else ():
+        for name in told:
             print(f"{name}: {_line(summary[name])}")
 
     def _write(self, name: str, content: str | None) -> None:
@@ -104,9 +105,10 @@ def summarise(cases: Sequence[dict[str, Any]], classes: Sequence[str], samples: 
         samples: number of resamples; those that lack a class of the cases have no AUC and are left out of its interval.
 
     Returns:
-        ``accuracy`` and ``auc`` (``value``, ``ci95``; null where undefined: AUC needs two classes among the cases; of
-        several it is the mean over classes against the rest), ``auc_per_class``, ``confusion`` (true class by
-        predicted class), ``patients``, ``bootstrap_samples``.
+        ``accuracy``, ``auc``, ``calibration_error`` and, of two classes, ``sensitivity_at_90_specificity`` for the
+        second (``value``, ``ci95``; null where undefined: AUC needs two classes among the cases; of several it is the
+        mean over classes against the rest), ``auc_per_class``, ``confusion`` (true class by predicted class),
+        ``patients``, ``bootstrap_samples``.
     """
     probabilities = np.array([one["probabilities"] for one in cases], dtype=np.float64)
     truth = np.array([one["truth"] for one in cases], dtype=np.int64)
@@ -126,9 +128,12 @@ def summarise(cases: Sequence[dict[str, Any]], classes: Sequence[str], samples: 
 
     present = [index for index in range(len(classes)) if index in truth]
     predicted = probabilities.argmax(axis=1)
+    of_two = {"sensitivity_at_90_specificity": with_interval(sensitivity_at)} if len(classes) == 2 else {}
     return {
         "accuracy": with_interval(accuracy),
         "auc": with_interval(lambda p, t: mean_auc(p, t, present)),
+        **of_two,
+        "calibration_error": with_interval(calibration_error),
         "auc_per_class": {classes[index]: _or_none(mean_auc(probabilities, truth, [index])) for index in present},
         "confusion": {
             classes[true]: {name: int(((truth == true) & (predicted == i)).sum()) for i, name in enumerate(classes)}
@@ -142,6 +147,38 @@ def summarise(cases: Sequence[dict[str, Any]], classes: Sequence[str], samples: 
 def accuracy(probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
     """Share of cases whose most probable class is the true one."""
     return float((probabilities.argmax(axis=1) == truth).mean())
+
+
+def sensitivity_at(probabilities: NDArray[np.float64], truth: NDArray[np.int64], specificity: float = 0.9) -> float:
+    """Highest sensitivity for the second of two classes at which the specificity is at least as asked; NaN without it.
+
+    Args:
+        probabilities: (n, 2).
+        truth: 0 or 1, (n,).
+        specificity: share of the first class that must be recognised.
+    """
+    negative, positive = (np.sort(probabilities[truth == index, 1]) for index in (0, 1))
+    if not len(negative) or not len(positive):
+        return float("nan")
+    allowed = int((1 - specificity) * len(negative) + 1e-9)  # false alarms
+    threshold = negative[len(negative) - 1 - allowed]  # what is above it is called the second class
+    return float((positive > threshold).mean())
+
+
+def calibration_error(probabilities: NDArray[np.float64], truth: NDArray[np.int64], bins: int = 10) -> float:
+    """Expected calibration error: mean distance between a prediction's probability and how often it is right.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017, section 2.
+
+    Args:
+        probabilities: (n, num_classes).
+        truth: (n,).
+        bins: of equal width, over the probability of the most probable class.
+    """
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs((right[place == one] - confidence[place == one]).sum()) for one in np.unique(place)]
+    return float(sum(gaps) / len(truth))
 
 
 def mean_auc(probabilities: NDArray[np.float64], truth: NDArray[np.int64], classes: Sequence[int]) -> float:

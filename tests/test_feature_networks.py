@@ -13,7 +13,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 
 from med3d_nets import ClassificationNet, FeatureScale, PadAtEndd, parameter_groups
-from med3d_nets.class_scores import mean_auc, summarise
+from med3d_nets.class_scores import calibration_error, mean_auc, sensitivity_at, summarise
 from med3d_nets.classification import average
 from tests.test_bundle_tools import drop, put
 from tools import bundles
@@ -145,6 +145,24 @@ def test_interval_of_accuracy_is_that_of_the_binomial() -> None:
     copies = [{"probabilities": q, "truth": 0, "patient": i} for i, q in enumerate(p) for _ in range(4)]
     again = summarise(copies, ["x", "y"], 500)["accuracy"]["ci95"]
     assert again[1] - again[0] == pytest.approx(2 * half, rel=0.1)
+
+
+def test_sensitivity_and_calibration_by_hand() -> None:
+    """Ten of each class; one false alarm is allowed, so the threshold is the second highest of the first class."""
+    negative, positive = np.linspace(0.05, 0.5, 10), np.linspace(0.41, 0.95, 10)
+    p1 = np.concatenate((negative, positive))
+    p, truth = np.stack((1 - p1, p1), axis=1), np.repeat([0, 1], 10)
+    assert sensitivity_at(p, truth) == (positive > 0.45).mean() == 0.9
+    assert sensitivity_at(p, truth, 1.0) == (positive > 0.5).mean() == 0.8
+    assert np.isnan(sensitivity_at(p, np.zeros(20, int)))
+    sure = np.array([[0.2, 0.8]] * 10)
+    assert calibration_error(sure, np.repeat([1, 0], [8, 2])) == pytest.approx(0)
+    assert calibration_error(sure, np.repeat([1, 0], [5, 5])) == pytest.approx(0.3)
+    assert calibration_error(np.eye(2), np.array([0, 0])) == pytest.approx(0.5)
+    found = summarise(cases(p.tolist(), truth.tolist(), "abcdefghijklmnopqrst"), ["x", "y"], samples=100)
+    score = found["sensitivity_at_90_specificity"]
+    assert score["value"] == 0.9 and score["ci95"][0] <= 0.9 <= score["ci95"][1]
+    assert 0 < found["calibration_error"]["ci95"][0] < found["calibration_error"]["ci95"][1]
 
 
 def test_auc_of_several_classes() -> None:
