@@ -124,7 +124,9 @@ class TestFolder:
         out = tmp_path / "out"
         liver_data.make(str(source), str(out), count=1, chests=1, spacing=8.0)
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
-        liver_data.make(str(source), str(out), count=2, chests=1, spacing=8.0, real=False)
+        liver_data.make(
+            str(source), str(out), count=2, chests=1, spacing=8.0, real="false"
+        )  # as a command line gives it
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
         assert len(json.loads((out / "dataset.json").read_text())["training"]) == 3
 

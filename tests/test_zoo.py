@@ -164,6 +164,7 @@ class TestPublish:
         monkeypatch.delenv("HF_TOKEN", raising=False)
         with pytest.raises(InputError, match="set HF_TOKEN to a token"):
             zoo.publish("huggingface", "me", str(dist), str(tmp_path / "a"), upload=True)
+        zoo.publish("huggingface", "me", str(dist), str(tmp_path / "no"), upload="false")  # as a command line gives it
         assert not (tmp_path / "called").exists()
         monkeypatch.setenv("HF_TOKEN", "secret")
         capsys.readouterr()

@@ -14,6 +14,7 @@ from pathlib import Path
 import fire
 
 from med3d_nets.errors import InputError, clear_errors
+from med3d_nets.switches import is_on
 from med3d_nets.weights import file_sha256
 from tools import bundle_ship, bundle_source
 from tools.bundle_check import check_bundle
@@ -38,7 +39,7 @@ def make(
     Raises:
         InputError: no such bundle, or a faulty template.
     """
-    templates, bundles = Path(templates), Path(bundles)
+    templates, bundles, check = Path(templates), Path(bundles), is_on(check)
     known = bundle_source.all_bundles(templates)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -68,7 +69,7 @@ def check(*folders: str, fast: bool = False) -> None:
         raise InputError("No folder given: python -m tools.bundles check bundles/*")
     count = 0
     for folder in folders:
-        faults = check_bundle(folder, fast)
+        faults = check_bundle(folder, is_on(fast))
         print(f"{folder}: {len(faults) or 'no'} fault{'s' * (len(faults) != 1)}", flush=True)
         print("".join(f"  {fault}\n" for fault in faults), end="")
         count += len(faults)

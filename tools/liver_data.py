@@ -22,6 +22,7 @@ import numpy as np
 from med3d_nets.datalist import Case, read_datalist
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
+from med3d_nets.switches import is_on
 from tools.organ_scans import Anatomy, make_scan
 from tools.phantom import Phantom, field_of_view, make_phantom, save_phantom
 
@@ -51,7 +52,8 @@ def make(
         raise InputError(f"count={count}, chests={chests}, spacing={spacing}: no count is negative, no spacing is 0.")
     folder = Path(out)
     scans = read_datalist(Path(source) / "liver_ct")
-    training = [_real(folder, case, "Tr") for case in scans if real and case["case"] != HELD_OUT]
+    used = [case for case in scans if is_on(real) and case["case"] != HELD_OUT]
+    training = [_real(folder, case, "Tr") for case in used]
     for entry in training:
         entry["weight"] = max(1.0, count / 4 / len(training))
     anatomies = read_datalist(Path(source) / "abdomen_organs_ct") if count else []

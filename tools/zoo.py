@@ -15,6 +15,7 @@ from pathlib import Path
 import fire
 
 from med3d_nets.errors import InputError, clear_errors
+from med3d_nets.switches import is_on
 from tools import zoo_publish
 from tools.zoo_diff import diff as compare
 from tools.zoo_fetch import fetch as get
@@ -59,7 +60,7 @@ def pack(
     target = Path(out)
     index = load_index(target)
     for folder in folders:
-        key = pack_bundle(folder, target, index, large_files, url, fast)
+        key = pack_bundle(folder, target, index, large_files, url, is_on(fast))
         save_index(index, target)
         print(f"{key}.zip: {index[key]['size'] / 1e6:.1f} MB, sha256 {index[key]['sha256']}", flush=True)
 
@@ -118,7 +119,7 @@ def publish(to: str, repo: str, dist: str = "dist", out: str = "", upload: bool 
     layout, tokens = _LAYOUTS[to]
     commands = layout(Path(dist), Path(out or f"{dist}_{to}"), repo)
     print("\n".join(map(shlex.join, commands)), flush=True)
-    if upload:
+    if is_on(upload):
         zoo_publish.upload(commands, tokens)
 
 
