@@ -17,6 +17,7 @@ from med3d_nets.errors import InputError
 from med3d_nets.heads import HEADS, upsample
 from med3d_nets.inferer import WholeVolumeInferer
 from med3d_nets.resnet import Med3DResNet, freeze_stages
+from med3d_nets.training_network import TrainingNetwork
 
 UNKNOWN = 255
 """Label of voxels of which nothing is known: beyond the volume, or of a class that the manifest says to ignore."""
@@ -114,7 +115,7 @@ class DomainNet(nn.Module):
         return upsample(self.head(self.backbone(x)), self.stride, x)
 
 
-class CoTraining(nn.Module):
+class CoTraining(TrainingNetwork):
     """What a training step runs: every sample through the encoder and the branch of its own domain.
 
     Args:
@@ -131,9 +132,7 @@ class CoTraining(nn.Module):
     """
 
     def __init__(self, network: MultiDomainNet, frozen_stages: int = 0) -> None:
-        super().__init__()
-        # Channels last: the same sums, a few per cent faster.
-        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        super().__init__(network)
         self.frozen_stages = int(frozen_stages)
         self.freeze_norm = False
         freeze_stages(network.backbone, self.frozen_stages)

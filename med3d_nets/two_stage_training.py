@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from med3d_nets.coarse_to_fine import CoarseToFineNet
 from med3d_nets.heads import upsample
+from med3d_nets.training_network import TrainingNetwork
 
 
 class RandStagesd(Randomizable, MapTransform):
@@ -115,7 +116,7 @@ def _sampled(x: torch.Tensor, matrix: np.ndarray, patch_size: np.ndarray, mode: 
     return F.grid_sample(x[None], grid.flip(-1)[None], mode=mode, padding_mode="zeros", align_corners=False)[0]
 
 
-class TwoStageTraining(nn.Module):
+class TwoStageTraining(TrainingNetwork):
     """What a training step runs: both patches through the encoder at once, each through its stage's head.
 
     In one pass, because batch norms then see in training what they keep: patches of both resolutions.
@@ -125,8 +126,7 @@ class TwoStageTraining(nn.Module):
     """
 
     def __init__(self, network: CoarseToFineNet) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        super().__init__(network)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map patches, (B, 2, X, Y, Z), fine and coarse, to logits of both stages, (B, classes + 2, X, Y, Z)."""
