@@ -20,6 +20,7 @@ from med3d_nets.errors import InputError
 from tests.bundle_runs import small_scan, write_volume
 from tests.zoo_server import LUNG, SMALL, dist, served
 from tools import zoo, zoo_pack
+from tools.zoo_archive import pack
 from tools.zoo_diff import diff
 from tools.zoo_index import load_index
 
@@ -105,7 +106,7 @@ class TestServe:
     def test_page(self, served: tuple[str, Path]) -> None:
         page = urllib.request.urlopen(served[0]).read().decode()
         assert "<script" not in page and page.startswith("<!DOCTYPE html>")
-        for text in (LUNG, "cip64 left lung dice 0.9733", "Apache License", "29.1 MB", "train them"):
+        for text in (LUNG, "cip64 left lung dice 0.9733", "Apache License", "29.1 MB", "in the zip", "see its README"):
             assert text in page
         source = f"{served[0]}{LUNG}_v0.1.0.zip"
         assert f"python -m monai.bundle download --name {LUNG} --url {source} --bundle_dir ." in page
@@ -136,6 +137,27 @@ def test_diff(dist: Path, tmp_path: Path) -> None:
         diff(tmp_path, dist)
 
 
+def test_diff_of_resolved_files_and_empty_lists(tmp_path: Path) -> None:
+    """Files that only a zip has, and values that are empty, null or of another type."""
+    zips = []
+    for number, value in enumerate(([], None, 1, True)):
+        folder = tmp_path / str(number) / "b"
+        (folder / "configs").mkdir(parents=True)
+        (folder / "models").mkdir()
+        (folder / "configs" / "metadata.json").write_text(json.dumps({} if value is None else {"a": value, "b": [1]}))
+        (folder / "models" / "resnet_10.pth").write_bytes(bytes([number]))
+        files = {f"b/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
+        zips.append(tmp_path / f"{number}.zip")
+        pack(files, zips[-1])
+    assert any("models/resnet_10.pth: sha256" in line for line in diff(zips[0], zips[2]))
+    assert "    a: [] -> 1" in diff(zips[0], zips[2]) and "    a: 1 -> true" in diff(zips[2], zips[3])
+    assert {"    a: [] -> absent", "    b#0: 1 -> absent"} < set(diff(zips[0], zips[1]))
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(InputError, match="nor a zip of one"):
+        diff(tmp_path / "empty.zip", zips[0])
+
+
 class TestPublish:
     def test_github(self, dist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         zoo.publish("github", "me/models/v1", str(dist), str(tmp_path / "out"))
@@ -144,6 +166,14 @@ class TestPublish:
         assert index[f"{LUNG}_v0.1.0"]["source"] == source
         assert {path.name for path in (tmp_path / "out" / "assets").iterdir()} == {f"{key}.zip" for key in index}
         assert "gh release create v1 --repo me/models --verify-tag" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("to", ["github", "huggingface"])
+    def test_zips_are_those_of_the_index(self, dist: Path, tmp_path: Path, to: str) -> None:
+        folder = shutil.copytree(dist, tmp_path / "dist")
+        (folder / f"{SMALL}_v0.1.0.zip").unlink()
+        with pytest.raises(InputError, match="is not there or not what model_info.json tells of"):
+            zoo.publish(to, "me/models/v1" if to == "github" else "me", str(folder), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
 
     def test_huggingface(self, dist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         zoo.publish("huggingface", "me", str(dist), str(tmp_path / "out"))
@@ -163,13 +193,13 @@ class TestPublish:
         monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         with pytest.raises(InputError, match="set HF_TOKEN to a token"):
-            zoo.publish("huggingface", "me", str(dist), str(tmp_path / "a"), upload=True)
+            zoo.publish("huggingface", "me", str(dist), str(tmp_path / "b"), upload=True)
         zoo.publish("huggingface", "me", str(dist), str(tmp_path / "no"), upload="false")  # as a command line gives it
         assert not (tmp_path / "called").exists()
         monkeypatch.setenv("HF_TOKEN", "secret")
         capsys.readouterr()
         zoo.publish("huggingface", "me", str(dist), str(tmp_path / "b"), upload=True)
-        assert (tmp_path / "called").read_text().replace("'", "") == capsys.readouterr().out.replace("'", "")
+        assert (tmp_path / "called").read_text() == capsys.readouterr().out.replace("'", "")
         (tmp_path / "fail").touch()
         with pytest.raises(InputError, match="Command 2 of 4 failed"):
             zoo.publish("huggingface", "me", str(dist), str(tmp_path / "c"), upload=True)

@@ -20,7 +20,6 @@ from tools import zoo_publish
 from tools.zoo_diff import diff as compare
 from tools.zoo_fetch import fetch as get
 from tools.zoo_index import load_index, save_index
-from tools.zoo_pack import pack_bundle
 from tools.zoo_server import Zoo
 
 _LAYOUTS = {
@@ -51,6 +50,8 @@ def pack(
     Raises:
         InputError: no such bundle, or see `zoo_pack.pack_bundle`; bundles before it are packed.
     """
+    from tools.zoo_pack import pack_bundle  # its checks need the extra `dev`, which fetch does without
+
     folders = [Path(bundles) / name for name in names] or sorted(
         path.parent.parent for path in Path(bundles).glob("*/configs/metadata.json")
     )
@@ -77,8 +78,9 @@ def serve(dist: str = "dist", host: str = "127.0.0.1", port: int = 8000) -> None
         raise InputError(f"{dist}: has no packed bundles. Run python -m tools.zoo pack --out {dist} first.")
     try:
         server = Zoo(Path(dist), host, port)
-    except OSError as error:
-        raise InputError(f"{host}:{port}: cannot be listened on ({error.strerror}). Give another --port.") from error
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{host}:{port}: cannot be listened on ({reason}). Give another --port.") from error
     print(f"http://{host}:{server.server_port}/", flush=True)
     try:
         server.serve_forever()
@@ -117,10 +119,12 @@ def publish(to: str, repo: str, dist: str = "dist", out: str = "", upload: bool 
     if to not in _LAYOUTS:
         raise InputError(f"to={to!r}: allowed are {', '.join(_LAYOUTS)}.")
     layout, tokens = _LAYOUTS[to]
-    commands = layout(Path(dist), Path(out or f"{dist}_{to}"), repo)
+    if is_on(upload):
+        zoo_publish.check_token(tokens)
+    commands = layout(Path(dist), Path(out or f"{Path(dist)}_{to}"), repo)
     print("\n".join(map(shlex.join, commands)), flush=True)
     if is_on(upload):
-        zoo_publish.upload(commands, tokens)
+        zoo_publish.upload(commands)
 
 
 def diff(a: str, b: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -71,9 +72,11 @@ def unpack(path: Path, name: str, folder: Path, most_bytes: int) -> Path:
         with tempfile.TemporaryDirectory(prefix=".partial_", dir=folder) as hidden, zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             _check(entries, name, most_bytes)
-            _extract(archive, entries, Path(hidden), most_bytes)
+            _extract(archive, entries, Path(hidden))
             (Path(hidden) / name).rename(target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise InputError(f"{path.name}: is a damaged zip ({error}). Get it again.") from error
     except OSError as error:
         raise InputError(
@@ -111,9 +114,8 @@ def _check(entries: Iterable[zipfile.ZipInfo], name: str, most_bytes: int) -> No
         )
 
 
-def _extract(archive: zipfile.ZipFile, entries: Iterable[zipfile.ZipInfo], folder: Path, most_bytes: int) -> None:
-    """Write the files, counting bytes: a zip's list may lie."""
-    left = most_bytes
+def _extract(archive: zipfile.ZipFile, entries: Iterable[zipfile.ZipInfo], folder: Path) -> None:
+    """Write the files. None gets longer than the zip's list says: its checksum is wrong then."""
     for entry in entries:
         path = folder / entry.filename
         if entry.is_dir():
@@ -121,8 +123,4 @@ def _extract(archive: zipfile.ZipFile, entries: Iterable[zipfile.ZipInfo], folde
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(entry) as source, path.open("wb") as target:
-            while chunk := source.read(_CHUNK):
-                left -= len(chunk)
-                if left < 0:
-                    raise InputError(f"The zip unpacks to more than {most_bytes:,} bytes. Nothing of it is kept.")
-                target.write(chunk)
+            shutil.copyfileobj(source, target, _CHUNK)

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from med3d_nets.errors import InputError
 from med3d_nets.weights import file_sha256
@@ -34,13 +34,13 @@ def diff(a: Path, b: Path) -> list[str]:
         InputError: one is neither a bundle's folder nor its zip.
     """
     with _opened(a) as one, _opened(b) as other:
-        first, second = set(parts(one)), set(parts(other))
+        first, second = set(one.files), set(other.files)
         lines = [f"- {name}" for name in sorted(first - second)] + [f"+ {name}" for name in sorted(second - first)]
         for name in sorted(first & second):
-            hashes = file_sha256(one / name), file_sha256(other / name)
+            hashes = file_sha256(one.folder / name), file_sha256(other.folder / name)
             if hashes[0] != hashes[1]:
                 lines.append(f"~ {name}: sha256 {hashes[0][:12]} -> {hashes[1][:12]}")
-                lines += [f"    {line}" for line in _keys(one / name, other / name)]
+                lines += [f"    {line}" for line in _keys(one.folder / name, other.folder / name)]
     return lines
 
 
@@ -50,34 +50,46 @@ def _keys(a: Path, b: Path) -> Iterator[str]:
         return
     one, other = (dict(_flat(json.loads(path.read_text(encoding="utf-8")))) for path in (a, b))
     for key in [*one, *(key for key in other if key not in one)]:
-        if one.get(key) != other.get(key):
-            yield f"{key}: {_shown(one, key)} -> {_shown(other, key)}"
+        before, after = (json.dumps(values[key]) if key in values else "absent" for values in (one, other))
+        if before != after:
+            yield f"{key}: {_short(before)} -> {_short(after)}"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested dicts and lists, with MONAI's ids."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not items:
+    if not isinstance(value, (dict, list)) or not value:
         yield path, value
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in items:
         yield from _flat(inner, f"{path}#{key}" if path else str(key))
 
 
-def _shown(values: dict[str, Any], key: str) -> str:
-    if key not in values:
-        return "absent"
-    text = json.dumps(values[key])
+def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
+class _Files(NamedTuple):
+    """A bundle's folder, and its files relative to it."""
+
+    folder: Path
+    files: list[str]
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Path]:
-    """The bundle's folder; that of a zip is unpacked for the time."""
+def _opened(path: Path) -> Iterator[_Files]:
+    """A folder's files that are packed; all files of a zip, which is unpacked for the time."""
     if path.is_file() and zipfile.is_zipfile(path):
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
-            name = archive.namelist()[0].split("/")[0]
-            yield unpack(path, name, Path(folder), _MOST_BYTES)
-    elif (path / _METADATA).is_file():
-        yield path
+        with tempfile.TemporaryDirectory() as temporary, zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            folder = unpack(path, names[0].split("/")[0], Path(temporary), _MOST_BYTES) if names else Path(temporary)
+            files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+            yield _of_bundle(path, _Files(folder, files))
     else:
+        yield _of_bundle(path, _Files(path, parts(path)))
+
+
+def _of_bundle(path: Path, files: _Files) -> _Files:
+    if _METADATA not in files.files:
         raise InputError(f"{path}: is neither a bundle's folder, which has {_METADATA}, nor a zip of one.")
+    return files

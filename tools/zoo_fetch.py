@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import urljoin
+from urllib.request import urlopen
 
 from med3d_nets.errors import InputError
 from med3d_nets.weights import file_sha256
@@ -13,7 +15,8 @@ from tools.zoo_archive import unpack
 from tools.zoo_index import NAME, Index, newest, parse_key, read_index
 
 _PATIENCE = Patience()
-_MOST_INDEX = 64 << 20  # bytes
+_MOST_INDEX = 16 << 20  # bytes
+_MOST_BYTES = 4 << 30  # of a bundle, whatever the index says: the largest encoder has half a gigabyte
 
 
 def fetch(name: str, index: str, out: Path, version: str = "", patience: Patience = _PATIENCE) -> Path:
@@ -36,10 +39,12 @@ def fetch(name: str, index: str, out: Path, version: str = "", patience: Patienc
     if (out / name).exists():
         raise InputError(f"{out / name}: is there already. Remove or rename it, or give another folder.")
     with tempfile.TemporaryDirectory(prefix="med3d_zoo_") as temporary:
-        where, records = _index(index, Path(temporary), patience)
+        where, records = _index(index, patience)
         key = newest(records, name, version)
         record, path = records[key], Path(temporary) / f"{key}.zip"
         source = _join(where, record["source"])
+        if max(record["size"], record["unpacked_size"]) > _MOST_BYTES:
+            raise InputError(f"{key}: the index tells of more than {_MOST_BYTES:,} bytes; no bundle has as many.")
         _get(source, path, patience, record["size"])
         if path.stat().st_size != record["size"] or file_sha256(path) != record["sha256"]:
             raise InputError(
@@ -49,25 +54,39 @@ def fetch(name: str, index: str, out: Path, version: str = "", patience: Patienc
         return unpack(path, parse_key(key)[0], out, record["unpacked_size"])
 
 
-def _index(index: str, folder: Path, patience: Patience) -> tuple[str, Index]:
+def _index(index: str, patience: Patience) -> tuple[str, Index]:
     where = index if index.endswith(".json") else f"{index.rstrip('/')}/{NAME}"
-    path = folder / NAME
-    _get(where, path, patience, None)
-    if path.stat().st_size > _MOST_INDEX:
-        raise InputError(f"{where}: {path.stat().st_size:,} bytes are too many for an index.")
-    return where, read_index(path.read_text(encoding="utf-8", errors="replace"), where)
+    try:
+        if _is_address(where):
+            with urlopen(where, timeout=patience.timeout) as answer:
+                content = answer.read(_MOST_INDEX + 1)
+        else:
+            content = Path(where).read_bytes()
+    except (OSError, ValueError, URLError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise InputError(f"{where}: cannot be had ({reason}). Give the address of a zoo.") from error
+    if len(content) > _MOST_INDEX:
+        raise InputError(f"{where}: has more than {_MOST_INDEX:,} bytes, too many for an index.")
+    return where, read_index(content.decode("utf-8", errors="replace"), where)
 
 
 def _join(where: str, source: str) -> str:
     """Address of a source that may be relative to the index."""
-    if "://" in where or "://" in source:
-        return urljoin(where, source)
-    return str(Path(where).parent / source)
+    if not _is_address(where):
+        return source if _is_address(source) else str(Path(where).parent / source)
+    address = urljoin(where, source)
+    if not _is_address(address):
+        raise InputError(f"{where}: names {source}, which is no http address. Do not trust it.")
+    return address
 
 
-def _get(source: str, path: Path, patience: Patience, size: int | None) -> None:
+def _is_address(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def _get(source: str, path: Path, patience: Patience, size: int) -> None:
     try:
-        download(source, path, size, patience, progress=size is not None)
+        download(source, path, size, patience, progress=True)
     except (SourceError, StoreError) as error:
         raise InputError(f"{source}: cannot be had ({error}).") from error
     if not path.is_file():

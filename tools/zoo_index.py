@@ -68,7 +68,7 @@ def parse_key(key: str) -> tuple[str, str]:
     """Name and version of ``NAME_vVERSION``."""
     match = _KEY.fullmatch(key)
     if not match:
-        raise InputError(f"{key!r} is not NAME_vX.Y.Z.")
+        raise InputError(f"{key!r} is not NAME_vX.Y.Z with letters, digits and _ in the name.")
     return match["name"], match["version"]
 
 
@@ -124,7 +124,7 @@ def describe(bundle: Bundle, path: Path, source: str) -> Record:
         "monai_version": metadata["monai_version"],
         "depth": bundle.depth,
         "licence": " ".join(bundle.text("LICENSE").split()[:4]).rstrip(","),  # of Apache's
-        "has_weights": f"{bundle.name}/models/model.pt" in sizes,
+        "has_weights": any(name.startswith(f"{bundle.name}/models/") for name in sizes),
         "scores": metadata.get("eval_metrics", {}),
     }
 

@@ -15,7 +15,7 @@ from med3d_nets.weights.download import Patience, SourceError, StoreError, downl
 from tools.bundle_check import check_bundle
 from tools.bundle_folder import Bundle
 from tools.zoo_archive import pack, parts
-from tools.zoo_index import Record, describe
+from tools.zoo_index import Record, describe, parse_key
 
 LARGE_FILES = "large_files.yml"
 
@@ -47,6 +47,7 @@ def pack_bundle(
         raise InputError(f"{folder}: {len(faults)} faults; correct them before it is packed.{told}")
     bundle = Bundle(folder)
     key = f"{bundle.name}_v{bundle.metadata['version']}"
+    parse_key(key)
     path = out / f"{key}.zip"
     with _files(folder, large_files) as files:
         pack({f"{bundle.name}/{name}": file for name, file in files.items()}, path.with_suffix(".new"))
@@ -88,7 +89,7 @@ def _large_file(here: Path, entry: Mapping[str, str], path: Path) -> Path:
                 f"{entry['url']}: {error}. Pack with large_files keep, or put the file at {here}."
             ) from error
         here = path
-    found = file_sha256(here)
+    found = file_sha256(here) if here.is_file() else "of nothing"
     if found != entry["hash_val"]:
         raise InputError(f"{entry['url']}: sha256 {found}, {LARGE_FILES} tells {entry['hash_val']}. Nothing is packed.")
     return here

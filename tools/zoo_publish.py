@@ -11,10 +11,13 @@ from pathlib import Path
 
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
+from med3d_nets.weights import file_sha256
 from tools.zoo_archive import unpack
 from tools.zoo_index import NAME, Record, by_version, load_index, newest, parse_key, save_index
 
 _OWNER = r"[A-Za-z0-9][\w.-]*"
+
+_GH = "!gh auth git-credential"  # the token that gh has is none of git's
 
 Commands = list[list[str]]
 
@@ -53,7 +56,7 @@ def github(dist: Path, out: Path, repo: str) -> Commands:
         ["git", "-C", clone, "add", f"models/{NAME}"],
         ["git", "-C", clone, "commit", "-m", f"Zoo {tag}"],
         ["git", "-C", clone, "tag", tag],
-        ["git", "-C", clone, "push", "origin", "HEAD", tag],
+        ["git", "-C", clone, "-c", f"credential.helper={_GH}", "push", "origin", "HEAD", tag],
         ["gh", "release", "create", tag, "--repo", f"{owner}/{name}", "--verify-tag", "--notes", f"Zoo {tag}", *zips],
     ]
 
@@ -86,24 +89,34 @@ def huggingface(dist: Path, out: Path, repo: str) -> Commands:
         with replacing(folder / "README.md") as hidden:
             hidden.write_text(_card(folder), encoding="utf-8")
         commands += [
-            ["hf", "upload", f"{repo}/{name}", str(folder), ".", "--commit-message", key],
+            ["hf", "upload", f"{repo}/{name}", str(folder), ".", "--delete", "*", "--commit-message", key],
             ["hf", "repo", "tag", "create", f"{repo}/{name}", parse_key(key)[1]],
         ]
     return commands
 
 
-def upload(commands: Commands, tokens: Sequence[str]) -> None:
+def check_token(tokens: Sequence[str]) -> None:
+    """Refuse to upload without a token.
+
+    Args:
+        tokens: names of environment variables, one of which must hold one.
+
+    Raises:
+        InputError: none does.
+    """
+    if not any(os.environ.get(name) for name in tokens):
+        raise InputError(f"Nothing is made or uploaded: set {' or '.join(tokens)} to a token, or leave --upload out.")
+
+
+def upload(commands: Commands) -> None:
     """Run the commands, one after the other.
 
     Args:
         commands: to run.
-        tokens: names of environment variables, one of which must hold a token.
 
     Raises:
-        InputError: there is no token, a program is missing, or a command fails; those after it are not run.
+        InputError: a program is missing, or a command fails; those after it are not run.
     """
-    if not any(os.environ.get(name) for name in tokens):
-        raise InputError(f"Nothing is uploaded: set {' or '.join(tokens)} to a token, or run the commands by hand.")
     for number, command in enumerate(commands, start=1):
         try:
             subprocess.run(command, check=True)
@@ -123,6 +136,10 @@ def _index(dist: Path) -> dict[str, Record]:
     index = load_index(dist)
     if not index:
         raise InputError(f"{dist}: has no {NAME} with bundles. Run python -m tools.zoo pack --out {dist} first.")
+    for key, record in index.items():
+        path = dist / f"{key}.zip"
+        if not path.is_file() or file_sha256(path) != record["sha256"]:
+            raise InputError(f"{path}: is not there or not what {NAME} tells of. Remove its record, and pack it again.")
     return {key: index[key] for key in sorted(index, key=by_version)}
 
 

@@ -52,14 +52,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: Zoo
 
     def do_GET(self) -> None:
-        base = f"http://{self.headers.get('Host') or 'localhost'}/"
-        index = {key: _at(base, record) for key, record in load_index(self.server.folder).items()}
+        index = load_index(self.server.folder)
         name = unquote(self.path.partition("?")[0]).lstrip("/")
         if name == "":
-            self._text(page(index, base), "text/html")
+            scheme = self.headers.get("X-Forwarded-Proto", "http")  # of a proxy that adds TLS
+            self._text(page(index, f"{scheme}://{self.headers.get('Host') or 'localhost'}/"), "text/html")
         elif name == NAME:
             self._text(json.dumps(index, indent=2), "application/json")
-        elif name.removesuffix(".zip") in index and name.endswith(".zip"):
+        elif name.endswith(".zip") and name.removesuffix(".zip") in index and (self.server.folder / name).is_file():
             self._file(self.server.folder / name)
         else:
             self.send_error(404, "The zoo has no such file; its list is at /")
@@ -101,7 +101,7 @@ def page(index: Mapping[str, Record], base: str) -> str:
     """The list of bundles as HTML, which needs no JavaScript.
 
     Args:
-        index: records, their sources as addresses.
+        index: records.
         base: address of the zoo, with ``/`` at its end.
     """
     rows = "".join(_row(key, index[key], base) for key in sorted(index, key=by_version))
@@ -111,16 +111,18 @@ def page(index: Mapping[str, Record], base: str) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Bundle zoo</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
         f'<h1>Bundle zoo</h1><p>{len(index)} MONAI bundles; <a href="{NAME}">{NAME}</a>. '
-        "The first command checks the download's SHA-256, the second, MONAI's own, does not.</p>"
+        "The first command, from a clone of this project's repository, checks the download's SHA-256; the second, "
+        "MONAI's own, does not.</p>"
         f"{body}</body></html>\n"
     )
 
 
 def _row(key: str, record: Record, base: str) -> str:
     name, version = parse_key(key)
+    source = urljoin(base, record["source"])
     commands = (
         f"python -m tools.zoo fetch {name} --index {base}{NAME} --version {version}\n"
-        f"python -m monai.bundle download --name {name} --url {record['source']} --bundle_dir ."
+        f"python -m monai.bundle download --name {name} --url {source} --bundle_dir ."
     )
     about = f'<br><span class="muted">{escape(str(record.get("description", "")))}</span>'
     cells = (
@@ -128,19 +130,14 @@ def _row(key: str, record: Record, base: str) -> str:
         escape(str(record.get("task", ""))) + about,
         escape(str(record.get("depth", ""))),
         _scores(record.get("scores", {})),
-        "yes" if record.get("has_weights") else "train them",
+        "in the zip" if record.get("has_weights") else "see its README",
         escape(str(record.get("licence", ""))),
-        f'<a href="{escape(record["source"])}">{record["size"] / 1e6:.1f} MB</a>',
+        f'<a href="{escape(source)}">{record["size"] / 1e6:.1f} MB</a>',
     )
     row = "".join(f"<td>{cell}</td>" for cell in cells)
     return f'<tr>{row}</tr><tr class="how"><td colspan="{len(cells)}"><pre>{escape(commands)}</pre></td></tr>'
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    lines = [f"{escape(name.replace('_', ' '))} {value}" for name, value in scores.items()]
+    lines = [f"{escape(name.replace('_', ' '))} {escape(str(value))}" for name, value in scores.items()]
     return "<br>".join(lines) or "–"
-
-
-def _at(base: str, record: Record) -> Record:
-    """The record with its source as an address."""
-    return {**record, "source": urljoin(base, record["source"])}
