@@ -162,6 +162,7 @@ def _released(name: str, size: int | None, sha256: str, revision: str = "main", 
 
 
 # New weights of a bundle: size and sha256 (the metadata's weights_sha256) change in its line and nowhere else.
+_LIVER_10 = (29_759_205, "30120f5725834ea7f50f37f89c57b7c71a143d7443029dc7edfccb61f5dd0531")
 _LUNG_10 = (29_039_581, "1df0bb6ad001cf31cab4a70bfeef37c972ac80865aacaff4f94cb7213ca52d9e")
 _REAL8_10 = (29_547_445, "d42b8824dc0c36d7894a5b176894541bade021e1e13bf1ca9a21afa0a940d05e")
 
@@ -199,6 +200,26 @@ WEIGHTS: dict[str, Weight] = {
         _released("resnet_101", 341_330_267, "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf"),
         _released("resnet_152", None, "e96c459f5317ef2cbb898c91575402da2c78b31a31f55c5d28943683fe0626da"),
         _released("resnet_200", 507_146_295, "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8"),
+        Weight(
+            "liver_ct_segmentation_resnet10",
+            10,
+            "B",
+            8,
+            *_LIVER_10,
+            "Apache-2.0",
+            (
+                "abdomen CT (TotalSegmentator test data)",
+                "synthetic CT of tools.liver_data, most of it of the same abdomen",
+                "the encoder's: chest CT of one patient (Cancer Imaging Archive)",
+                "the encoder's: chest CT of one patient at two dates (elastix test data)",
+                "the encoder's: abdomen CT and crops of the thorax (TotalSegmentator test data)",
+                "the encoder's: crops of CT from head to pelvis (CT-FM example data, of the TotalSegmentator dataset)",
+            ),
+            note="half precision; liver in two stages, heads linear and denseaspp",
+            kind="network",
+            data_licence="CC BY 4.0 and Apache-2.0, per scan in the bundle's docs/data_license.txt",
+            path="bundles/liver_ct_segmentation_resnet10/models/model.pt",
+        ),
         Weight(
             "lung_ct_segmentation_resnet10",
             10,

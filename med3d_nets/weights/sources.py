@@ -200,5 +200,6 @@ SOURCES = (
         case=r"sct_(?:t1w|t2)",
         names=r"\bspinal ?cord ?toolbox\b|\bsct testing data\b",
     ),
+    Source("synthetic CT of tools.liver_data", entry=r"tools\.liver_data", case=r"(?:made|chest)_(\d{4})", own=True),
     Source("synthetic CT of tools.phantom", entry=r"phantom|synthetic", case=r"phantom_(\d{3})", own=True),
 )
