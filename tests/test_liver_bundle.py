@@ -189,6 +189,7 @@ def test_wrong_keys(trained: Path, tmp_path: Path, options: dict, told: str) -> 
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(trained: Path, tmp_path: Path, name: str) -> None:
     """What the lung bundle refuses, in the same words, and no file is left."""

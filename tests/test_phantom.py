@@ -100,7 +100,7 @@ def test_other_disease_changes_the_lung_and_not_the_label(disease: str) -> None:
     assert np.abs(healthy.image - sick.image)[inside].max() > 30
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_liver_is_labelled_beneath_the_right_lung(seed: int) -> None:
     """In the same patient: under the dome, on the right, of the HU of an organ, without gas, bone or fluid."""
     lungs, liver = (
