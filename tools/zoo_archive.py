@@ -76,6 +76,7 @@ def unpack(path: Path, name: str, folder: Path, most_bytes: int) -> Path:
             (Path(hidden) / name).rename(target)
     except InputError:
         raise
+    # All that zipfile raises on damaged or unknown content.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise InputError(f"{path.name}: is a damaged zip ({error}). Get it again.") from error
     except OSError as error:
