@@ -19,6 +19,8 @@ PARTS = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf",
 _DATE = (1980, 1, 1, 0, 0, 0)  # the zip format's first
 _CHUNK = 1 << 20
 _MOST_FILES = 1000
+MOST_BYTES = 4 << 30
+"""Of a bundle, whatever an index says: the largest encoder has half a gigabyte."""
 
 
 def parts(folder: Path) -> list[str]:

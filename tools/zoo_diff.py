@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 from med3d_nets.errors import InputError
 from med3d_nets.weights import file_sha256
-from tools.zoo_archive import parts, unpack
+from tools.zoo_archive import MOST_BYTES, parts, unpack
 
-_MOST_BYTES = 4 << 30
 _SHOWN = 80  # characters of a value
 _METADATA = "configs/metadata.json"
 
@@ -82,7 +81,7 @@ def _opened(path: Path) -> Iterator[_Files]:
     if path.is_file() and zipfile.is_zipfile(path):
         with tempfile.TemporaryDirectory() as temporary, zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            folder = unpack(path, names[0].split("/")[0], Path(temporary), _MOST_BYTES) if names else Path(temporary)
+            folder = unpack(path, names[0].split("/")[0], Path(temporary), MOST_BYTES) if names else Path(temporary)
             files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
             yield _of_bundle(path, _Files(folder, files))
     else:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import urljoin
 from urllib.request import urlopen
 
 from med3d_nets.errors import InputError
 from med3d_nets.weights import file_sha256
 from med3d_nets.weights.download import Patience, SourceError, StoreError, download
-from tools.zoo_archive import unpack
+from tools.zoo_archive import MOST_BYTES, unpack
 from tools.zoo_index import NAME, Index, newest, parse_key, read_index
 
 _PATIENCE = Patience()
 _MOST_INDEX = 16 << 20  # bytes
-_MOST_BYTES = 4 << 30  # of a bundle, whatever the index says: the largest encoder has half a gigabyte
 
 
 def fetch(name: str, index: str, out: Path, version: str = "", patience: Patience = _PATIENCE) -> Path:
@@ -43,8 +41,8 @@ def fetch(name: str, index: str, out: Path, version: str = "", patience: Patienc
         key = newest(records, name, version)
         record, path = records[key], Path(temporary) / f"{key}.zip"
         source = _join(where, record["source"])
-        if max(record["size"], record["unpacked_size"]) > _MOST_BYTES:
-            raise InputError(f"{key}: the index tells of more than {_MOST_BYTES:,} bytes; no bundle has as many.")
+        if max(record["size"], record["unpacked_size"]) > MOST_BYTES:
+            raise InputError(f"{key}: the index tells of more than {MOST_BYTES:,} bytes; no bundle has as many.")
         _get(source, path, patience, record["size"])
         if path.stat().st_size != record["size"] or file_sha256(path) != record["sha256"]:
             raise InputError(
@@ -62,7 +60,7 @@ def _index(index: str, patience: Patience) -> tuple[str, Index]:
                 content = answer.read(_MOST_INDEX + 1)
         else:
             content = Path(where).read_bytes()
-    except (OSError, ValueError, URLError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise InputError(f"{where}: cannot be had ({reason}). Give the address of a zoo.") from error
     if len(content) > _MOST_INDEX:
