@@ -79,7 +79,7 @@ class CropAtPointd(MapTransform):
             raise InputError(f"size={size!r}: needed are three numbers of voxels, for example [40, 40, 32].")
         self.outside = float(outside)
         self.air = air
-        self._resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
+        self._resample = SpatialResample(mode="bilinear", padding_mode="zeros")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Crop each key's scan.
@@ -109,7 +109,8 @@ class CropAtPointd(MapTransform):
         voxels = corners @ inverse[:3, :3].T + inverse[:3, 3]
         low = np.clip(np.floor(voxels.min(axis=0)).astype(int) - 1, 0, None)
         high = np.minimum(np.ceil(voxels.max(axis=0)).astype(int) + 2, scan.shape[1:])
-        part = torch.as_tensor(scan.as_tensor())[(slice(None), *map(slice, low, high))] - self.outside
+        x, y, z = map(slice, low.tolist(), high.tolist())
+        part = torch.as_tensor(scan.as_tensor())[:, x, y, z] - self.outside
         moved = affine.copy()
         moved[:3, 3] = affine[:3, :3] @ low + affine[:3, 3]
         cube = self._resample(
@@ -117,7 +118,7 @@ class CropAtPointd(MapTransform):
             dst_affine=torch.as_tensor(target),
             spatial_size=self.size,
         )
-        return cube + self.outside
+        return MetaTensor(torch.as_tensor(cube) + self.outside, affine=torch.as_tensor(target), meta={**scan.meta})
 
     def _check_inside(
         self, where: str, point: Any, voxel: NDArray[np.float64], scan: MetaTensor, affine: NDArray[np.float64]
@@ -144,8 +145,8 @@ class CropAtPointd(MapTransform):
             return ""
         reach = np.ceil(5.0 / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
         low = np.maximum(np.round(voxel).astype(int) - reach, 0)
-        around = torch.as_tensor(scan.as_tensor())[(0, *map(slice, low, np.round(voxel).astype(int) + reach + 1))]
-        middle = float(around.median())
+        x, y, z = map(slice, low.tolist(), (np.round(voxel).astype(int) + reach + 1).tolist())
+        middle = float(torch.as_tensor(scan.as_tensor())[0, x, y, z].median())
         if middle >= self.air:
             return ""
         text = f"only air around the point (median {middle:.0f} HU within 5 mm): is it inside the body?"
