@@ -8,7 +8,8 @@ from __future__ import annotations
 from med3d_nets.acceleration import accelerate
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
-from med3d_nets.classifier_record import ClassifierRecord, read_record
+from med3d_nets.classifier_ensemble import ClassifierEnsemble, calibrate, load_ensemble
+from med3d_nets.classifier_record import ClassifierRecord, read_record, settings_of
 from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
 from med3d_nets.components import CleanLabelsd
 from med3d_nets.datalist import read_datalist, split_by_patient
@@ -42,7 +43,11 @@ from med3d_nets.label_table import (
 from med3d_nets.manifest import read_manifest
 from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
 from med3d_nets.native_labels import NativeLabelsd
+from med3d_nets.nodule_labels import positive_weights, read_nodules, split_nodules, unseen
+from med3d_nets.nodule_scores import NoduleScores
+from med3d_nets.nodule_table import NoduleTable
 from med3d_nets.norm import PreciseNorm
+from med3d_nets.point_crop import CropAtPointd, LoadScand
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
 from med3d_nets.processes import join_processes, share_cases
 from med3d_nets.registry import DEPTHS, WEIGHTS
@@ -50,6 +55,7 @@ from med3d_nets.resampling import ResampleRASd
 from med3d_nets.resnet import Med3DResNet
 from med3d_nets.results import SegmentationWriter
 from med3d_nets.scores import CaseScores
+from med3d_nets.seed_points import nodules_to_classify, wants_features
 from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.switches import is_on
 from med3d_nets.tensorrt_net import with_tensorrt
@@ -72,11 +78,13 @@ __all__ = [
     "ClassIndexd",
     "ClassScores",
     "ClassificationNet",
+    "ClassifierEnsemble",
     "ClassifierRecord",
     "CleanLabelsd",
     "CoTraining",
     "CoarseToFineInferer",
     "CoarseToFineNet",
+    "CropAtPointd",
     "DomainDice",
     "DomainInferer",
     "DomainLoss",
@@ -88,11 +96,14 @@ __all__ = [
     "FeatureWriter",
     "InputError",
     "LeaveOutUnknownd",
+    "LoadScand",
     "LoadVolumed",
     "Med3DEncoder",
     "Med3DResNet",
     "MultiDomainNet",
     "NativeLabelsd",
+    "NoduleScores",
+    "NoduleTable",
     "PadAtEndd",
     "PreciseNorm",
     "RandMirrord",
@@ -108,6 +119,7 @@ __all__ = [
     "WholeVolumeInferer",
     "__version__",
     "accelerate",
+    "calibrate",
     "cases_to_classify",
     "cases_to_score",
     "class_weights",
@@ -122,21 +134,29 @@ __all__ = [
     "latest_checkpoint",
     "load_backbone",
     "load_checkpoint",
+    "load_ensemble",
     "load_network",
     "median_spacing",
+    "nodules_to_classify",
     "parameter_groups",
     "pick_domain",
+    "positive_weights",
     "read_datalist",
     "read_domains",
     "read_labels",
     "read_manifest",
+    "read_nodules",
     "read_record",
     "sample_weights",
     "sampling_weights",
+    "settings_of",
     "share_cases",
     "split_by_patient",
     "split_cases",
     "split_domains",
+    "split_nodules",
+    "unseen",
+    "wants_features",
     "warn_overlap",
     "with_settings",
     "with_tensorrt",

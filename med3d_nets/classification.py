@@ -152,10 +152,7 @@ class FeatureScale:
         net, was_training = self.network, self.network.training
         net.eval()
         features = torch.cat(
-            [
-                net.features(batch["image"].to(self.device), batch.get("size"))
-                for batch in self.batches
-            ]
+            [net.features(batch["image"].to(self.device), batch.get("size")) for batch in self.batches]
         )
         net.train(was_training)
         std = features.std(dim=0, correction=0)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from med3d_nets.classifier_record import note, read_record
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
+from med3d_nets.norm import bare
 from med3d_nets.weights import load_checkpoint
 
 _MIRRORS = [list(axes) for axes in chain.from_iterable(combinations((2, 3, 4), n) for n in range(4))]  # 8, none first
@@ -62,21 +63,29 @@ def load_ensemble(network: nn.Module, weights: str | Path | Sequence[str | Path]
     files = [weights] if isinstance(weights, (str, Path)) else list(weights)
     if not files:
         raise InputError("weights is an empty list; give one file or several.")
-    records = [{key: read_record(file)[key] for key in ("classes", "spacing", "input_size")} for file in files]
-    for file, record in zip(files, records, strict=True):
-        if record != records[0]:
-            raise InputError(
-                f"{file}: its classifier.json has {record}, that of {files[0]} {records[0]}. An ensemble needs "
-                "classifiers of the same classes, spacing and input_size."
-            )
+    _check_alike(files)
     networks = [copy.deepcopy(network) for _ in files]
     for one, file in zip(networks, files, strict=True):
         load_checkpoint(one, file)
     return ClassifierEnsemble(networks, flips)
 
 
+def _check_alike(files: Sequence[str | Path]) -> None:
+    """Several classifiers answer the same questions from the same cube."""
+    if len(files) == 1:
+        return
+    keys = ("classes", "spacing", "input_size")
+    records = [{key: read_record(file)[key] for key in keys} for file in files]
+    for file, record in zip(files, records, strict=True):
+        if record != records[0]:
+            raise InputError(
+                f"{file}: its classifier.json has {record}, that of {files[0]} {records[0]}. An ensemble needs "
+                "classifiers of the same classes, spacing and input_size."
+            )
+
+
 def calibrate(
-    network: Any, path: str | Path, batches: Iterable[Mapping[str, Any]], device: Any, flips: bool = False
+    network: nn.Module, path: str | Path, batches: Iterable[Mapping[str, Any]], device: Any, flips: bool = False
 ) -> dict[str, list[float]]:
     """Fit slope and offset of each logit on validation cases, and fold them into the weights' linear layer.
 
@@ -84,7 +93,7 @@ def calibrate(
     nothing where a logit's cases are all of one kind, or where they would turn its order round.
 
     Args:
-        network: the ClassificationNet of the weights; it keeps its own.
+        network: the ClassificationNet of the weights, also when wrapped for several processes; it keeps its own.
         path: the weights, replaced; ``classifier.json`` beside them gets the key ``calibration``.
         batches: ``image`` and ``label``, (B, classes), 0 or 1; not trained on.
         device: where the network runs.
@@ -93,7 +102,7 @@ def calibrate(
     Returns:
         ``slope`` and ``offset`` of each logit.
     """
-    net = copy.deepcopy(network)
+    net: Any = copy.deepcopy(bare(network))
     load_checkpoint(net, path)
     ensemble = ClassifierEnsemble([net], flips).to(device).eval()
     logits, labels = [], []

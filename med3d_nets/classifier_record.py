@@ -77,6 +77,26 @@ def note(weights: str | Path, more: Mapping[str, Any]) -> None:
         hidden.write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")
 
 
+def settings_of(weights: str | Path, bundle_root: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a classifier: those of the record beside its weights, else for a bundle's own weights the bundle's.
+
+    A network can so be made without any weights, for its export or its checks.
+
+    Args:
+        weights: its ``model.pt``.
+        bundle_root: the bundle.
+        settings: those of ``train.json``; what a record lacks is taken from them too.
+
+    Raises:
+        InputError: weights from elsewhere have no record.
+    """
+    path = Path(weights).expanduser()
+    own = path.resolve() == (Path(bundle_root) / "models" / "model.pt").resolve()
+    if own and not path.with_name(NAME).is_file():
+        return dict(settings)
+    return {**settings, **read_record(weights)}
+
+
 def read_record(weights: str | Path) -> dict[str, Any]:
     """Read the ``classifier.json`` beside a classifier's weights.
 

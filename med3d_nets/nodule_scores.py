@@ -152,7 +152,10 @@ def _interval(resamples: Sequence[NDArray[np.int64]], measure: Any) -> dict[str,
 
 def markdown(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of ``summarise_nodules``: each target, and the diameter alone below it."""
-    lines = ["| rule | score by | AUC | accuracy | sensitivity at 90 % specificity | calibration error |", "|" + "---|" * 6]
+    lines = [
+        "| rule | score by | AUC | accuracy | sensitivity at 90 % specificity | calibration error |",
+        "|" + "---|" * 6,
+    ]
     for target, one in summary.items():
         keys = ("auc", "accuracy", "sensitivity_at_90_specificity", "calibration_error")
         lines.append(f"| {target} | network | " + " | ".join(_cell(one[key]) for key in keys) + " |")
@@ -165,7 +168,9 @@ def markdown(summary: Mapping[str, Mapping[str, Any]]) -> str:
 def calibration_plot(cases: Mapping[str, Mapping[str, Any]], targets: Sequence[str], bins: int = 10) -> Figure:
     """Share of malignant nodules over the mean probability that they were given, in bins of equal width."""
     figure = Figure(figsize=(4.2 * len(targets), 4.2), layout="constrained")
-    for axes, (index, target) in zip(figure.subplots(1, len(targets), squeeze=False)[0], enumerate(targets), strict=True):
+    for axes, (index, target) in zip(
+        figure.subplots(1, len(targets), squeeze=False)[0], enumerate(targets), strict=True
+    ):
         probability = np.array([case["probabilities"][index] for case in cases.values()])
         truth = np.array([case["truth"][index] for case in cases.values()])
         place = np.minimum((probability * bins).astype(int), bins - 1)

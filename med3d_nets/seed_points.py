@@ -118,6 +118,35 @@ def cases_at_points(
     return sorted(cases, key=lambda case: str(case["image"]))
 
 
+def nodules_to_classify(dataset_dir: str | Path, points: str | Path = "", space: str = "LPS") -> list[dict[str, Any]]:
+    """List crops, or the points in scans, for a classifier.
+
+    Args:
+        dataset_dir: crops or scans, see ``find_cases``; of a Decathlon folder its ``imagesTr``.
+        points: table of points in the scans, see ``read_points``; empty: each volume is a crop around its middle.
+        space: of the points, ``LPS`` or ``RAS``.
+
+    Raises:
+        InputError: see ``find_cases``, ``read_points`` and ``cases_at_points``.
+    """
+    folder = Path(dataset_dir).expanduser()
+    folder = folder / "imagesTr" if (folder / "imagesTr").is_dir() else folder
+    if str(points):
+        return cases_at_points(read_points(points, space), folder, points)
+    return [dict(case) for case in find_cases(folder)]
+
+
+def wants_features(output: str) -> bool:
+    """Whether a run writes embeddings, by its key ``output``.
+
+    Raises:
+        InputError: it is neither ``probabilities`` nor ``features``.
+    """
+    if output not in ("probabilities", "features"):
+        raise InputError(f"output={output!r}: allowed are probabilities and features.")
+    return output == "features"
+
+
 def _number(where: str, row: dict[str, str], name: str) -> float:
     try:
         value = float(row[name])
