@@ -112,13 +112,14 @@ class CropAtPointd(MapTransform):
         x, y, z = map(slice, low.tolist(), high.tolist())
         part = torch.as_tensor(scan.as_tensor())[:, x, y, z] - self.outside
         moved = affine.copy()
+        meta = {key: value for key, value in scan.meta.items() if key != "affine"}
         moved[:3, 3] = affine[:3, :3] @ low + affine[:3, 3]
         cube = self._resample(
-            MetaTensor(part, affine=torch.as_tensor(moved), meta={**scan.meta}),
+            MetaTensor(part, affine=torch.as_tensor(moved), meta=meta),
             dst_affine=torch.as_tensor(target),
             spatial_size=self.size,
         )
-        return MetaTensor(torch.as_tensor(cube) + self.outside, affine=torch.as_tensor(target), meta={**scan.meta})
+        return MetaTensor(torch.as_tensor(cube) + self.outside, affine=torch.as_tensor(target), meta=meta)
 
     def _check_inside(
         self, where: str, point: Any, voxel: NDArray[np.float64], scan: MetaTensor, affine: NDArray[np.float64]
