@@ -6,9 +6,10 @@ Importing the package registers ``med3d_resnet10`` … ``med3d_resnet200`` as ba
 from __future__ import annotations
 
 from med3d_nets.acceleration import accelerate
+from med3d_nets.auxiliary_training import AuxiliaryLoss, AuxiliaryTraining, known_columns, with_auxiliary
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
-from med3d_nets.classifier_ensemble import ClassifierEnsemble, calibrate, load_ensemble
+from med3d_nets.classifier_ensemble import ClassifierEnsemble, calibrate, load_ensemble, weights_files
 from med3d_nets.classifier_record import ClassifierRecord, read_record, settings_of
 from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
 from med3d_nets.components import CleanLabelsd
@@ -68,6 +69,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DEPTHS",
     "WEIGHTS",
+    "AuxiliaryLoss",
+    "AuxiliaryTraining",
     "BestModel",
     "CaseEvaluator",
     "CaseScores",
@@ -131,6 +134,7 @@ __all__ = [
     "is_on",
     "join_processes",
     "known_classes",
+    "known_columns",
     "latest_checkpoint",
     "load_backbone",
     "load_checkpoint",
@@ -158,6 +162,8 @@ __all__ = [
     "unseen",
     "wants_features",
     "warn_overlap",
+    "weights_files",
+    "with_auxiliary",
     "with_settings",
     "with_tensorrt",
 ]

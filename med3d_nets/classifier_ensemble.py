@@ -49,6 +49,18 @@ class ClassifierEnsemble(nn.Module):
         return torch.stack(logits).mean(dim=0)
 
 
+def weights_files(weights: str | Path | Sequence[str | Path]) -> list[str]:
+    """One path or several as a list.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = [str(weights)] if isinstance(weights, (str, Path)) else [str(path) for path in weights]
+    if not files or not all(files):
+        raise InputError("weights is an empty list; give one file or several.")
+    return files
+
+
 def load_ensemble(network: nn.Module, weights: str | Path | Sequence[str | Path], flips: bool = False) -> nn.Module:
     """Fill copies of a classifier with weights.
 
@@ -60,9 +72,7 @@ def load_ensemble(network: nn.Module, weights: str | Path | Sequence[str | Path]
     Raises:
         InputError: no file, weights do not fit, or the files are of classifiers for different questions.
     """
-    files = [weights] if isinstance(weights, (str, Path)) else list(weights)
-    if not files:
-        raise InputError("weights is an empty list; give one file or several.")
+    files = weights_files(weights)
     _check_alike(files)
     networks = [copy.deepcopy(network) for _ in files]
     for one, file in zip(networks, files, strict=True):

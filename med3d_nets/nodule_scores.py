@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from med3d_nets.class_scores import mean_auc, summarise
+from med3d_nets.classifier_ensemble import weights_files
 from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing, set_aside
 from med3d_nets.processes import gather, rank
@@ -46,7 +47,7 @@ class NoduleScores:
     ) -> None:
         self.output_dir = Path(output_dir).expanduser()
         self.targets = list(targets)
-        self.weights = [weights] if isinstance(weights, (str, Path)) else list(weights)
+        self.weights = weights_files(weights)
         self.samples = bootstrap_samples
         self._cases: dict[str, dict[str, Any]] = {}
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 
+from med3d_nets.classifier_ensemble import weights_files
 from med3d_nets.contact_sheet import axial_tile, write_contact_sheet
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
@@ -55,7 +56,7 @@ class NoduleTable:
     ) -> None:
         self.output_dir = Path(output_dir).expanduser()
         self.targets = list(targets)
-        self.weights = [weights] if isinstance(weights, (str, Path)) else list(weights)
+        self.weights = weights_files(weights)
         self.record = dict(record)
         self.sign = -1.0 if space == "LPS" else 1.0
         self.window = list(window)

@@ -15,12 +15,15 @@ class TrainingNetwork(nn.Module):
 
     Args:
         network: the network to train.
+        channels_last: lay its weights out so: the same sums, a few per cent faster for patches of 48 and more voxels
+            on a CPU, slower for smaller ones.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, channels_last: bool = True) -> None:
         super().__init__()
-        # Channels last: the same sums, a few per cent faster.
-        self.network: Any = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.network: Any = network
+        if channels_last:
+            self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return that of the network."""

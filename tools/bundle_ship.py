@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from med3d_nets import classifier_record
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 from med3d_nets.weights import load_network, read_state_dict
@@ -19,6 +20,7 @@ def ship(checkpoint: Path, folder: Path, max_mb: float = MAX_MB) -> Path:
 
     Weights of convolutions and linear layers (more than one dimension) become float16; biases, norm parameters, running
     statistics and integers stay as they are, since they are few and lose more. Loading turns float16 back into float32.
+    The record beside a classifier's weights goes with them.
 
     Args:
         checkpoint: state dict of the bundle's ``network_def``, for example a run's ``model.pt``.
@@ -51,6 +53,10 @@ def ship(checkpoint: Path, folder: Path, max_mb: float = MAX_MB) -> Path:
                 f"{checkpoint}: {size:.1f} MB in half precision, at most {max_mb:g} MB belong in the repository. "
                 "Publish the file elsewhere and list it in large_files.yml."
             )
+    record = checkpoint.with_name(classifier_record.NAME)
+    if record.is_file():
+        with replacing(target.with_name(record.name)) as hidden:
+            hidden.write_bytes(record.read_bytes())
     return target
 
 

@@ -30,7 +30,7 @@ Cases = dict[str, dict[str, Any]]
 
 
 def folds(
-    data: str, out: str, arms: str | Sequence[str] = ("scratch", "med3d_real8_resnet10"), folds: int = 5, **keys: Any
+    data: str, out: str, arms: str | Sequence[str] = ("med3d_real8_resnet10", "scratch"), folds: int = 5, **keys: Any
 ) -> None:
     """Train and predict every fold from every start, and write the scores.
 
