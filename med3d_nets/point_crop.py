@@ -110,16 +110,16 @@ class CropAtPointd(MapTransform):
         low = np.clip(np.floor(voxels.min(axis=0)).astype(int) - 1, 0, None)
         high = np.minimum(np.ceil(voxels.max(axis=0)).astype(int) + 2, scan.shape[1:])
         x, y, z = map(slice, low.tolist(), high.tolist())
-        part = torch.as_tensor(scan.as_tensor())[:, x, y, z] - self.outside
+        part = scan.as_tensor()[:, x, y, z] - self.outside
         moved = affine.copy()
         meta = {key: value for key, value in scan.meta.items() if key != "affine"}
         moved[:3, 3] = affine[:3, :3] @ low + affine[:3, 3]
-        cube = self._resample(
+        cube: Any = self._resample(
             MetaTensor(part, affine=torch.as_tensor(moved), meta=meta),
             dst_affine=torch.as_tensor(target),
             spatial_size=self.size,
         )
-        return MetaTensor(torch.as_tensor(cube) + self.outside, affine=torch.as_tensor(target), meta=meta)
+        return MetaTensor(cube.as_tensor() + self.outside, affine=torch.as_tensor(target), meta=meta)
 
     def _check_inside(
         self, where: str, point: Any, voxel: NDArray[np.float64], scan: MetaTensor, affine: NDArray[np.float64]
@@ -147,7 +147,7 @@ class CropAtPointd(MapTransform):
         reach = np.ceil(5.0 / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
         low = np.maximum(np.round(voxel).astype(int) - reach, 0)
         x, y, z = map(slice, low.tolist(), (np.round(voxel).astype(int) + reach + 1).tolist())
-        middle = float(torch.as_tensor(scan.as_tensor())[0, x, y, z].median())
+        middle = float(scan.as_tensor()[0, x, y, z].median())
         if middle >= self.air:
             return ""
         text = f"only air around the point (median {middle:.0f} HU within 5 mm): is it inside the body?"
