@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from med3d_nets.acceleration import accelerate
 from med3d_nets.class_scores import ClassScores
-from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
+from med3d_nets.classification import ClassificationNet, FeatureScale, class_loss, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
 from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
 from med3d_nets.components import CleanLabelsd
@@ -40,9 +40,11 @@ from med3d_nets.label_table import (
     split_cases,
 )
 from med3d_nets.manifest import read_manifest
+from med3d_nets.modality import IntensityByModalityd
 from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
 from med3d_nets.native_labels import NativeLabelsd
 from med3d_nets.norm import PreciseNorm
+from med3d_nets.predictions import PredictionWriter
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
 from med3d_nets.processes import join_processes, share_cases
 from med3d_nets.registry import DEPTHS, WEIGHTS
@@ -87,6 +89,7 @@ __all__ = [
     "FeatureScale",
     "FeatureWriter",
     "InputError",
+    "IntensityByModalityd",
     "LeaveOutUnknownd",
     "LoadVolumed",
     "Med3DEncoder",
@@ -95,6 +98,7 @@ __all__ = [
     "NativeLabelsd",
     "PadAtEndd",
     "PreciseNorm",
+    "PredictionWriter",
     "RandMirrord",
     "RandPatchd",
     "RandStagesd",
@@ -110,6 +114,7 @@ __all__ = [
     "accelerate",
     "cases_to_classify",
     "cases_to_score",
+    "class_loss",
     "class_weights",
     "clear_errors",
     "find_cases",
