@@ -7,6 +7,7 @@ which puts it where the network looked.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,8 @@ class HeatMapper:
         """
         size = [int(n) for n in (image.shape[1:] if size is None else size)]
         x = torch.as_tensor(image).as_subclass(torch.Tensor)[None].to(self.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook")  # of the stages that get no gradient
             heat = self._cam.compute_map(x, class_idx=index, size=torch.tensor([size], device=self.device))[0]
         # the map's voxel i is at the image's voxel stride * i
         nx, ny, nz = (-(-n // self.stride) for n in size)
