@@ -8,7 +8,7 @@ from __future__ import annotations
 from med3d_nets.acceleration import accelerate
 from med3d_nets.auxiliary_training import AuxiliaryLoss, AuxiliaryTraining, known_columns, with_auxiliary
 from med3d_nets.class_scores import ClassScores
-from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
+from med3d_nets.classification import ClassificationNet, FeatureScale, class_loss, parameter_groups
 from med3d_nets.classifier_ensemble import ClassifierEnsemble, calibrate, load_ensemble, weights_files
 from med3d_nets.classifier_record import ClassifierRecord, read_record, settings_of
 from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
@@ -42,6 +42,7 @@ from med3d_nets.label_table import (
     split_cases,
 )
 from med3d_nets.manifest import read_manifest
+from med3d_nets.modality import IntensityByModalityd
 from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
 from med3d_nets.native_labels import NativeLabelsd
 from med3d_nets.nodule_labels import positive_weights, read_nodules, split_nodules, unseen
@@ -49,6 +50,7 @@ from med3d_nets.nodule_scores import NoduleScores
 from med3d_nets.nodule_table import NoduleTable
 from med3d_nets.norm import PreciseNorm
 from med3d_nets.point_crop import CropAtPointd, LoadScand
+from med3d_nets.predictions import PredictionWriter
 from med3d_nets.preparation import CheckVolumed, PadAtEndd, median_spacing
 from med3d_nets.processes import join_processes, share_cases
 from med3d_nets.registry import DEPTHS, WEIGHTS
@@ -98,6 +100,7 @@ __all__ = [
     "FeatureScale",
     "FeatureWriter",
     "InputError",
+    "IntensityByModalityd",
     "LeaveOutUnknownd",
     "LoadScand",
     "LoadVolumed",
@@ -109,6 +112,7 @@ __all__ = [
     "NoduleTable",
     "PadAtEndd",
     "PreciseNorm",
+    "PredictionWriter",
     "RandMirrord",
     "RandPatchd",
     "RandStagesd",
@@ -125,6 +129,7 @@ __all__ = [
     "calibrate",
     "cases_to_classify",
     "cases_to_score",
+    "class_loss",
     "class_weights",
     "clear_errors",
     "find_cases",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,21 @@ class FeatureScale:
         std = features.std(dim=0, correction=0)
         net.head[0].mean.copy_(features.mean(dim=0))
         net.head[0].std.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0))
+
+
+def class_loss(weights: Sequence[float], multi_label: bool = False) -> nn.Module:
+    """Loss of a classifier's training on its logits, (B, num_classes).
+
+    Args:
+        weights: of ``class_weights``, one per class.
+        multi_label: several classes may be true at once.
+
+    Returns:
+        Cross-entropy, for the index of the class; with ``multi_label`` binary cross-entropy of each class, for one
+        number per class, 0 or 1, float32.
+    """
+    values = torch.tensor([float(weight) for weight in weights])
+    return nn.BCEWithLogitsLoss(pos_weight=values) if multi_label else nn.CrossEntropyLoss(weight=values)
 
 
 def pool(

@@ -14,7 +14,15 @@ from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 
 NAME = "classifier.json"
+UNTRAINED: dict[str, Any] = {"classes": ["0", "1"], "spacing": [1.5] * 3, "input_size": [96] * 3}
+
 _KEYS = ("classes", "spacing", "input_size")
+_DEFAULTS: dict[str, Any] = {  # of what a record without these keys was trained with
+    "modality": "mr",
+    "hu_window": [-1000.0, 1000.0],
+    "clip_percentiles": [0.5, 99.5],
+    "multi_label": False,
+}
 
 
 class ClassifierRecord:
@@ -25,7 +33,7 @@ class ClassifierRecord:
         classes: names of the classes by index.
         spacing: voxel size in mm that the volumes are resampled to.
         input_size: voxels that the network is given at most.
-        more: whatever else is to be told of the training.
+        more: whatever else is to be told of the training, for example ``modality`` and ``multi_label``.
         resume: the training goes on, so that the classes must be those of the record that is there.
     """
 
@@ -54,10 +62,16 @@ class ClassifierRecord:
             InputError: the training that goes on has other classes.
         """
         if self.resume:
-            before = read_record(self.path.with_name("model.pt"))["classes"]
-            if before != self.record["classes"]:
+            before = read_record(self.path.with_name("model.pt"))
+            several = bool(self.record.get("multi_label", False))
+            if before["multi_label"] != several:
                 raise InputError(
-                    f"{self.path}: the training has the classes {', '.join(before)}, the labels now "
+                    f"{self.path}: the training has multi_label {before['multi_label']}, now it is {several}. "
+                    "Resume with the same, or give another output_dir."
+                )
+            if before["classes"] != self.record["classes"]:
+                raise InputError(
+                    f"{self.path}: the training has the classes {', '.join(before['classes'])}, the labels now "
                     f"{', '.join(self.record['classes'])}. Resume with the same labels, or give another output_dir."
                 )
         if idist.get_rank() == 0:
@@ -72,7 +86,8 @@ def note(weights: str | Path, more: Mapping[str, Any]) -> None:
         InputError: there is no record, or it is none.
     """
     path = Path(weights).expanduser().with_name(NAME)
-    record = {**read_record(weights), **more}
+    read_record(weights)
+    record = {**json.loads(path.read_text(encoding="utf-8")), **more}
     with replacing(path) as hidden:
         hidden.write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")
 
@@ -97,19 +112,25 @@ def settings_of(weights: str | Path, bundle_root: str | Path, settings: Mapping[
     return {**settings, **read_record(weights)}
 
 
-def read_record(weights: str | Path) -> dict[str, Any]:
+def read_record(weights: str | Path, untrained: bool = False) -> dict[str, Any]:
     """Read the ``classifier.json`` beside a classifier's weights.
 
     Args:
         weights: its ``model.pt`` or ``model_last.pt``.
+        untrained: where there are no such weights either, give the record of a network of two classes, so that a config
+            can build one that is described, checked or given weights later.
 
     Returns:
-        ``classes`` (names by index), ``spacing``, ``input_size``, and what else the training told.
+        ``classes`` (names by index), ``spacing``, ``input_size``, ``modality``, ``hu_window``, ``clip_percentiles``,
+        ``multi_label`` (where a record has none, those of MRI and one label), and what else the training told.
 
     Raises:
         InputError: there is no record, or it is none.
     """
-    path = Path(weights).expanduser().with_name(NAME)
+    file = Path(weights).expanduser()
+    path = file.with_name(NAME) if file.name else Path(NAME)
+    if untrained and not file.is_file():
+        return {**_DEFAULTS, **UNTRAINED}
     if not path.is_file():
         raise InputError(
             f"{path}: no record of a trained classifier. Train one with configs/train.json, give its model.pt as "
@@ -122,4 +143,4 @@ def read_record(weights: str | Path) -> dict[str, Any]:
     missing = [key for key in _KEYS if not isinstance(record, dict) or not record.get(key)]
     if missing:
         raise InputError(f"{path}: has no {', '.join(missing)}. Copy it again from the training's folder.")
-    return record
+    return {**_DEFAULTS, **record}

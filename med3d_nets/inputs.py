@@ -205,8 +205,10 @@ def _listed(table: Path) -> list[dict[str, str]]:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether an earlier run wrote a file (mask or probabilities) with report and picture into its input folder."""
+    """Whether an earlier run wrote a file (mask, probabilities, heat map) with report and picture into its folder."""
     stem = path.name.removesuffix(".nii.gz").removesuffix("_prob")
+    if stem.endswith("_heatmap"):
+        return all(path.with_name(name).is_file() for name in (f"{stem}.png", f"{stem[:-8]}_class.json"))
     return stem.endswith("_seg") and all(path.with_name(stem + ending).is_file() for ending in (".json", ".png"))
 
 

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from med3d_nets.class_scores import mean_auc, summarise
+from med3d_nets.class_scores import mean_auc, resampled, summarise, with_interval
 from med3d_nets.classifier_ensemble import weights_files
 from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing, set_aside
@@ -109,7 +109,7 @@ def summarise_nodules(
         By target what ``summarise`` gives, and where each nodule has a diameter ``diameter_auc``, that of the diameter
         alone, and ``auc_over_diameter``, the difference, each with its interval over the same resamples.
     """
-    patients = np.array([case["patient"] for case in cases.values()])
+    patients = [case["patient"] for case in cases.values()]
     resamples = resampled(patients, samples)
     summary = {}
     for index, target in enumerate(targets):
@@ -122,20 +122,10 @@ def summarise_nodules(
         summary[target] = summarise(rows, CLASSES, samples)
         diameters = [case["diameter"] for case in cases.values()]
         if None not in diameters:
-            own = np.array(diameters, dtype=np.float64)
-            summary[target]["diameter_auc"] = _interval(resamples, lambda i, s=own, t=truth: auc(s[i], t[i]))
-            summary[target]["auc_over_diameter"] = _interval(
-                resamples, lambda i, p=probability, s=own, t=truth: auc(p[i], t[i]) - auc(s[i], t[i])
-            )
+            both = np.stack([probability, np.array(diameters, dtype=np.float64)], axis=1)
+            summary[target]["diameter_auc"] = with_interval(auc, both[:, 1], truth, resamples)
+            summary[target]["auc_over_diameter"] = with_interval(auc_difference, both, truth, resamples)
     return summary
-
-
-def resampled(patients: NDArray[Any], samples: int) -> list[NDArray[np.int64]]:
-    """Indices of the cases, then those of resamples of patients, whose cases are drawn together."""
-    groups = [np.flatnonzero(patients == patient) for patient in dict.fromkeys(patients.tolist())]
-    generator = np.random.default_rng(0)
-    draws = [generator.integers(len(groups), size=len(groups)) for _ in range(samples)]
-    return [np.arange(len(patients)), *(np.concatenate([groups[one] for one in draw]) for draw in draws)]
 
 
 def auc(score: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
@@ -143,12 +133,9 @@ def auc(score: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
     return mean_auc(np.stack([-score, score], axis=1), truth, [1])
 
 
-def _interval(resamples: Sequence[NDArray[np.int64]], measure: Any) -> dict[str, Any]:
-    """The measure over all cases, and the percentiles 2.5 and 97.5 over resamples that have both kinds."""
-    value, *others = (measure(chosen) for chosen in resamples)
-    finite = [one for one in others if np.isfinite(one)]
-    interval = [float(edge) for edge in np.percentile(finite, [2.5, 97.5])] if finite else None
-    return {"value": float(value) if np.isfinite(value) else None, "ci95": interval}
+def auc_difference(scores: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
+    """How much larger the area is for the first of two scores, (n, 2), than for the second."""
+    return auc(scores[:, 0], truth) - auc(scores[:, 1], truth)
 
 
 def markdown(summary: Mapping[str, Mapping[str, Any]]) -> str:

@@ -38,8 +38,11 @@ def render_preview(
     title: str,
     notes: Sequence[str] = (),
     window: Sequence[float] | None = WINDOW_HU,
+    heat: NDArray[np.floating] | None = None,
 ) -> bytes:
     """Draw three slices through the centre of the mask, the sagittal one through its largest label.
+
+    With a heat map they go through its peak instead.
 
     Args:
         image: HU or other intensities, shape (X, Y, Z), axes to the patient's right, anterior and superior (RAS).
@@ -49,6 +52,7 @@ def render_preview(
         title: headline.
         notes: lines below the picture, for example warnings.
         window: intensities that are black and white; None takes the 1st and 99th percentile of the image.
+        heat: values from 0, not drawn, to 1 on the same grid, drawn in colour over the image.
 
     Returns:
         The content of a PNG file.
@@ -62,10 +66,12 @@ def render_preview(
     figure = Figure(figsize=(12.6, height), facecolor=_BACKGROUND)
     grid = figure.add_gridspec(1, 3, width_ratios=widths, wspace=0.03, left=0.02, right=0.98)
     grid.update(top=1 - _HEAD / height, bottom=below / height)
-    centre = _centre(mask, labels)
+    centre = _centre(mask, labels) if heat is None or not heat.any() else np.unravel_index(heat.argmax(), heat.shape)
     for column, (name, shown, cut, marks) in enumerate(_VIEWS):
         axes = figure.add_subplot(grid[column])
         _draw_slice(axes, np.take(image, centre[cut], axis=cut), shown, spacing, (low, high))
+        if heat is not None:
+            _draw_heat(axes, np.take(heat, centre[cut], axis=cut), shown, spacing)
         _draw_outlines(axes, np.take(mask, centre[cut], axis=cut), shown, spacing, list(labels))
         _decorate(axes, name, marks)
     _write(figure, labels, title, notes)
@@ -96,20 +102,43 @@ def _draw_slice(
     axes: Axes, pixels: NDArray[Any], shown: tuple[int, int], spacing: Sequence[float], window: Sequence[float]
 ) -> None:
     """Draw in mm, voxel centres at index × spacing."""
-    dx, dy = spacing[shown[0]], spacing[shown[1]]
-    extent = (-dx / 2, (pixels.shape[0] - 0.5) * dx, -dy / 2, (pixels.shape[1] - 0.5) * dy)
     axes.imshow(
         pixels.T,
         cmap="gray",
         vmin=window[0],
         vmax=window[1],
         origin="lower",
-        extent=extent,
+        extent=_extent(pixels, shown, spacing),
         interpolation="bicubic",
         aspect="equal",
     )
     if shown[0] in _REVERSED:
         axes.invert_xaxis()
+
+
+def _draw_heat(axes: Axes, heat: NDArray[Any], shown: tuple[int, int], spacing: Sequence[float]) -> None:
+    """The hotter, the less of the image shows through."""
+    left, right = axes.get_xlim()  # imshow would turn the axis back
+    axes.imshow(
+        heat.T,
+        cmap="inferno",
+        vmin=0,
+        vmax=1,
+        alpha=0.6 * np.clip(heat.T, 0, 1),
+        origin="lower",
+        extent=_extent(heat, shown, spacing),
+        interpolation="bilinear",
+        aspect="equal",
+    )
+    axes.set_xlim(left, right)
+
+
+def _extent(
+    pixels: NDArray[Any], shown: tuple[int, int], spacing: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """Borders in mm, voxel centres at index × spacing."""
+    dx, dy = spacing[shown[0]], spacing[shown[1]]
+    return (-dx / 2, (pixels.shape[0] - 0.5) * dx, -dy / 2, (pixels.shape[1] - 0.5) * dy)
 
 
 def _draw_outlines(

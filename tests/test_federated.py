@@ -14,7 +14,7 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from tests import feature_runs, small_domains, small_training, test_liver_bundle
+from tests import feature_runs, small_domains, small_training, test_liver_bundle, volume_runs
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 Options = dict[str, Any]
@@ -49,11 +49,17 @@ def labels(folder: Path, seed: int) -> Options:
     }
 
 
+def volumes(folder: Path, seed: int) -> Options:
+    data = volume_runs.write_blobs(folder, 12)
+    return {**volume_runs.SMALL, "device": "cpu", "dataset_dir": str(data), "val_patients": ["s0", "s1"]}
+
+
 TASKS: dict[str, Callable[[Path, int], Options]] = {
     "lung_ct_segmentation_resnet10": lungs,
     "liver_ct_segmentation_resnet10": livers,
     "med3d_multidomain_segmentation_resnet10": domains,
     "med3d_feature_extraction_resnet10": labels,
+    "volume_classification_resnet10": volumes,
 }
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import fire
 import numpy as np
 
+from med3d_nets.class_scores import resampled, with_interval
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from med3d_nets.nodule_labels import TARGETS, read_nodules, split_nodules
-from med3d_nets.nodule_scores import auc, markdown, resampled, summarise_nodules
+from med3d_nets.nodule_scores import auc, auc_difference, markdown, summarise_nodules
 from med3d_nets.tables import read_rows
 from tools.bundle_run import ROOT, commit, run_bundle
 
@@ -134,18 +135,15 @@ def _columns(cases: Cases, index: int) -> dict[str, Any]:
     ordered = [cases[name] for name in sorted(cases)]
     return {
         "fold": np.array([case["fold"] for case in ordered]),
-        "patient": np.array([case["patient"] for case in ordered]),
+        "patient": [case["patient"] for case in ordered],
         "score": np.array([case["probabilities"][index] for case in ordered]),
         "truth": np.array([case["truth"][index] for case in ordered]),
     }
 
 
 def _difference(own: Mapping[str, Any], scratch: Mapping[str, Any]) -> dict[str, Any]:
-    value, *others = (
-        auc(own["score"][chosen], own["truth"][chosen]) - auc(scratch["score"][chosen], scratch["truth"][chosen])
-        for chosen in resampled(own["patient"], 1000)
-    )
-    return {"value": value, "ci95": [float(edge) for edge in np.percentile(others, [2.5, 97.5])]}
+    scores = np.stack([own["score"], scratch["score"]], axis=1)
+    return with_interval(auc_difference, scores, own["truth"], resampled(own["patient"], 1000))
 
 
 if __name__ == "__main__":
