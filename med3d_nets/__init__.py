@@ -6,6 +6,7 @@ Importing the package registers ``med3d_resnet10`` … ``med3d_resnet200`` as ba
 from __future__ import annotations
 
 from med3d_nets.acceleration import accelerate
+from med3d_nets.annotation import ServedInferer, UpdateModel, chosen, in_monai_label
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
@@ -103,18 +104,22 @@ __all__ = [
     "SeededDataset",
     "SegmentationNet",
     "SegmentationWriter",
+    "ServedInferer",
     "TwoStageLoss",
     "TwoStageTraining",
+    "UpdateModel",
     "WholeVolumeInferer",
     "__version__",
     "accelerate",
     "cases_to_classify",
     "cases_to_score",
+    "chosen",
     "class_weights",
     "clear_errors",
     "find_cases",
     "find_weights",
     "fingerprints",
+    "in_monai_label",
     "initialise",
     "is_on",
     "join_processes",
