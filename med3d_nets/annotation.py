@@ -19,7 +19,7 @@ from ignite.engine import Engine, Events
 from monai.inferers import Inferer
 from torch import nn
 
-from med3d_nets.acceleration import accelerate
+from med3d_nets.acceleration import BACKENDS, accelerate
 from med3d_nets.coarse_to_fine import CoarseToFineNet
 from med3d_nets.files import replacing
 from med3d_nets.multidomain import MultiDomainNet
@@ -28,7 +28,7 @@ from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.training import BestModel
 
 PREVIOUS = "model_previous.pt"
-"""File beside ``model.pt`` with the weights that a training replaced; a longer name, for MONAI Label takes the shortest."""
+"""Beside ``model.pt``: the weights that a training replaced. A longer name, for MONAI Label takes the shortest."""
 
 # Accelerated copies of networks, for as long as those live, with the state of which they are copies.
 _MADE: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, nn.Module]]] = weakref.WeakKeyDictionary()
@@ -58,7 +58,7 @@ class ServedInferer(Inferer):
     Args:
         inferer: what computes the logits of a volume.
         precision: see ``accelerate``.
-        backend: likewise.
+        backend: likewise; with another one (TensorRT, which has taken the encoder's place) the network runs as it is.
         compile: likewise.
         amp: compute in half precision on CUDA, as the bundle's evaluator does.
         branch: the domain whose branch of a MultiDomainNet computes.
@@ -101,7 +101,7 @@ class ServedInferer(Inferer):
         if isinstance(network, MultiDomainNet) and self.branch:
             plain = network.branch(self.branch)
         is_ours = type(network) in (SegmentationNet, CoarseToFineNet, MultiDomainNet)
-        if not is_ours or any(module.training for module in network.modules()):
+        if not is_ours or self.how[1] not in BACKENDS or any(module.training for module in network.modules()):
             return plain
         state = [(one.device, one._version) for one in itertools.chain(network.parameters(), network.buffers())]
         copies = _MADE.setdefault(network, {})
