@@ -6,7 +6,7 @@ Importing the package registers ``med3d_resnet10`` … ``med3d_resnet200`` as ba
 from __future__ import annotations
 
 from med3d_nets.acceleration import accelerate
-from med3d_nets.annotation import ServedInferer, UpdateModel, chosen, in_monai_label
+from med3d_nets.annotation import ServedInferer, UpdateModel, chosen, in_monai_label, refuse_monai_label
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, parameter_groups
 from med3d_nets.classifier_record import ClassifierRecord, read_record
@@ -136,6 +136,7 @@ __all__ = [
     "read_labels",
     "read_manifest",
     "read_record",
+    "refuse_monai_label",
     "sample_weights",
     "sampling_weights",
     "share_cases",

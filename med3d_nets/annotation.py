@@ -21,6 +21,7 @@ from torch import nn
 
 from med3d_nets.acceleration import BACKENDS, accelerate
 from med3d_nets.coarse_to_fine import CoarseToFineNet
+from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 from med3d_nets.multidomain import MultiDomainNet
 from med3d_nets.norm import bare
@@ -37,6 +38,19 @@ _MADE: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, nn.Module]]] = 
 def in_monai_label() -> bool:
     """Whether this process is one of MONAI Label's: its server, or a training that it started."""
     return "monailabel" in sys.modules
+
+
+def refuse_monai_label(reason: str) -> None:
+    """End a training that cannot work on MONAI Label's list of cases; elsewhere do nothing.
+
+    Args:
+        reason: why not, and what to do.
+
+    Raises:
+        InputError: this is MONAI Label.
+    """
+    if in_monai_label():
+        raise InputError(reason)
 
 
 def chosen(value: Any) -> Any:

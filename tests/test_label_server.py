@@ -179,5 +179,4 @@ def with_spacing(config: dict[str, Any]) -> None:
 
 def without_inverse(config: dict[str, Any]) -> None:
     """Labels on the network's grid, not taken back to the scan's."""
-    steps = config["postprocessing"]["transforms"]
-    steps[0] = {"_target_": "AsDiscreted", "keys": "pred", "argmax": True}
+    config["postprocessing"]["transforms"] = [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}]
