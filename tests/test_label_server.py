@@ -109,7 +109,10 @@ class TestOwnApp:
     def test_wrong_weights_are_not_served(self, tmp_path: Path) -> None:
         app, copy = own_app(tmp_path, LUNG)
         rename_keys(copy)
-        with pytest.raises(AssertionError, match=r"the server has ended(.|\n)*missing"), Server(app, tmp_path / "none"):
+        with (
+            pytest.raises(AssertionError, match=r"the server has ended(.|\n)*not the weights of this"),
+            Server(app, tmp_path / "none"),
+        ):
             pass
 
 
@@ -143,7 +146,7 @@ def test_mutants_and_domains_in_the_stock_app(tmp_path: Path) -> None:
             mask = server.infer(names[name], "case0", tmp_path / f"{name}.nii.gz")
             with pytest.raises(AssertionError, match="voxels differ"):
                 assert_same_mask(mask, reference)
-        assert "'image_path'" not in server.log and server.ask("/info/")["models"][lone.name]["labels"] == {"lung": 1}
+        assert server.ask("/info/")["models"][lone.name]["labels"] == {"lung": 1}
         assert_same_mask(server.infer(lone.name, "case0", tmp_path / "lone.nii.gz"), of_domain)
         chosen = server.infer(multi.name, "case0", tmp_path / "chosen.nii.gz", domain="lung_ct")
         assert_same_mask(chosen, of_domain)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import monailabel
+import torch
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -30,7 +32,7 @@ from monailabel.tasks.scoring.epistemic_v2 import EpistemicScoring
 from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import name_to_device
 
-from med3d_nets import InputError, is_on, load_network
+from med3d_nets import InputError, is_on
 from med3d_nets.uncertainty import dropout_only, uncertainty
 
 logger = logging.getLogger(__name__)
@@ -46,10 +48,13 @@ class BundleTask(BundleInferTask):
                 f"{path}: there are no weights to serve, models/model.pt. Train the bundle first, as its "
                 "docs/README.md tells, or serve one that ships weights."
             )
-        try:
-            load_network(copy.deepcopy(self.network), self.get_path())
-        except InputError as error:
-            raise SystemExit(str(error)) from error
+        try:  # as the server will load them at the first request
+            copy.deepcopy(self.network).load_state_dict(torch.load(self.get_path(), "cpu", weights_only=True))
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise SystemExit(
+                f"{self.get_path()}: not the weights of this bundle's network. Copy the bundle again, or convert them: "
+                f"python -m med3d_nets.weights convert IN OUT. {str(error)[:600]}"
+            ) from error
 
     def __call__(self, request: dict[str, Any], callbacks: Any = None) -> Any:
         """Run; what the bundle refuses becomes status 400 with its sentence."""
