@@ -6,6 +6,7 @@ Importing the package registers ``med3d_resnet10`` … ``med3d_resnet200`` as ba
 from __future__ import annotations
 
 from med3d_nets.acceleration import accelerate
+from med3d_nets.annotation import ServedInferer, UpdateModel, chosen, in_monai_label, refuse_monai_label
 from med3d_nets.auxiliary_training import AuxiliaryLoss, AuxiliaryTraining, known_columns, with_auxiliary
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, class_loss, parameter_groups
@@ -121,20 +122,24 @@ __all__ = [
     "SeededDataset",
     "SegmentationNet",
     "SegmentationWriter",
+    "ServedInferer",
     "TwoStageLoss",
     "TwoStageTraining",
+    "UpdateModel",
     "WholeVolumeInferer",
     "__version__",
     "accelerate",
     "calibrate",
     "cases_to_classify",
     "cases_to_score",
+    "chosen",
     "class_loss",
     "class_weights",
     "clear_errors",
     "find_cases",
     "find_weights",
     "fingerprints",
+    "in_monai_label",
     "initialise",
     "is_on",
     "join_processes",
@@ -156,6 +161,7 @@ __all__ = [
     "read_manifest",
     "read_nodules",
     "read_record",
+    "refuse_monai_label",
     "sample_weights",
     "sampling_weights",
     "settings_of",

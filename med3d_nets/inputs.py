@@ -157,7 +157,7 @@ def load_volume(path: str | Path) -> MetaTensor:
     meta = {
         "filename_or_obj": str(path),
         "original_affine": torch.as_tensor(affine),
-        "spatial_shape": torch.as_tensor(voxels.shape),
+        "spatial_shape": np.asarray(voxels.shape),  # an array, as MONAI has it: MONAI Label compares it
         "original_channel_dim": 0,
         "space": "RAS",
     }

@@ -14,7 +14,7 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from tests import feature_runs, small_domains, small_training, test_liver_bundle, volume_runs
+from tests import feature_runs, nodule_runs, small_domains, small_training, test_liver_bundle, volume_runs
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 Options = dict[str, Any]
@@ -54,12 +54,19 @@ def volumes(folder: Path, seed: int) -> Options:
     return {**volume_runs.SMALL, "device": "cpu", "dataset_dir": str(data), "val_patients": ["s0", "s1"]}
 
 
+def nodules(folder: Path, seed: int) -> Options:
+    small = {"input_size": [24, 24, 16], "spacing": [1.5, 1.5, 1.5], "norm_batches": 2, "batch_size": 4}
+    data = str(nodule_runs.many_nodules(folder))
+    return {**small, "device": "cpu", "num_workers": 0, "backbone_weights": "", "folds": 2, "dataset_dir": data}
+
+
 TASKS: dict[str, Callable[[Path, int], Options]] = {
     "lung_ct_segmentation_resnet10": lungs,
     "liver_ct_segmentation_resnet10": livers,
     "med3d_multidomain_segmentation_resnet10": domains,
     "med3d_feature_extraction_resnet10": labels,
     "volume_classification_resnet10": volumes,
+    "lung_nodule_ct_classification_resnet10": nodules,
 }
 
 
