@@ -17,15 +17,17 @@ from med3d_nets.resnet import Med3DResNet, freeze_stages, stages
 
 
 class ClassificationNet(nn.Module):
-    """Classifier of volumes: ``.backbone`` (Med3DResNet), average of layer4 over space, ``.head``.
+    """Classifier of volumes: ``.backbone`` (Med3DResNet), layer4 pooled over space, ``.head``.
 
     The head is a linear layer on features that are shifted and scaled by two fixed vectors (``Standardise``), which
     do nothing until ``FeatureScale`` has set them.
 
     Args:
         depth: 10, 18, 34, 50, 101, 152 or 200.
-        num_classes: number of classes, at least 2.
+        num_classes: number of logits, at least 1: classes that exclude each other (softmax), or questions that are
+            answered each for itself (sigmoid).
         dropout: probability with which a feature is dropped before the linear layer.
+        pooling: ``average`` or ``max`` of each feature over space.
         shortcut_type: see Med3DResNet.
         in_channels: channels of the input.
         output_stride: see Med3DResNet.
@@ -48,6 +50,7 @@ class ClassificationNet(nn.Module):
         depth: int,
         num_classes: int,
         dropout: float = 0.0,
+        pooling: str = "average",
         shortcut_type: str | None = None,
         in_channels: int = 1,
         output_stride: int = 8,
@@ -56,8 +59,11 @@ class ClassificationNet(nn.Module):
         frozen_stages: int = 0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: at least 2 are needed.")
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: at least 1 is needed.")
+        if pooling not in ("average", "max"):
+            raise ValueError(f"pooling={pooling!r}: allowed are average and max.")
+        self.pooling = pooling
         self.backbone = Med3DResNet(depth, shortcut_type, in_channels, output_stride)
         self.stride = self.backbone.feature_strides[-1]
         channels = self.backbone.feature_channels[-1]
@@ -77,7 +83,11 @@ class ClassificationNet(nn.Module):
         Returns:
             Logits, (B, num_classes).
         """
-        return self.head(average(self.backbone(x)[4], self.stride, size))
+        return self.head(self.features(x, size))
+
+    def features(self, x: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the pooled layer4, (B, channels), of the arguments of ``forward``."""
+        return pool(self.backbone(x)[4], self.stride, size, self.pooling)
 
     def train(self, mode: bool = True) -> ClassificationNet:
         """Set training mode; what is frozen stays in evaluation mode."""
@@ -116,7 +126,7 @@ class FeatureScale:
 
     Args:
         network: the ClassificationNet, also when wrapped for several processes.
-        batches: batches of training volumes, dicts with ``image`` and ``size``; each is used once.
+        batches: batches of training volumes, dicts with ``image`` and, of padded ones, ``size``; each is used once.
         device: where the network is.
         enabled: off when the network comes with its scales, that is from a checkpoint or trained weights, and when
             the encoder starts from scratch.
@@ -143,7 +153,7 @@ class FeatureScale:
         net.eval()
         features = torch.cat(
             [
-                average(net.backbone(batch["image"].to(self.device))[4], net.stride, batch["size"])
+                net.features(batch["image"].to(self.device), batch.get("size"))
                 for batch in self.batches
             ]
         )
@@ -153,25 +163,30 @@ class FeatureScale:
         net.head[0].std.copy_(torch.where(std > 1e-6 * std.max(), std, 1.0))
 
 
-def average(feature: torch.Tensor, stride: int, size: torch.Tensor | None = None) -> torch.Tensor:
-    """Average a map over space, without the voxels whose centre is in the padding.
+def pool(
+    feature: torch.Tensor, stride: int, size: torch.Tensor | None = None, pooling: str = "average"
+) -> torch.Tensor:
+    """Average or maximum of a map over space, without the voxels whose centre is in the padding.
 
     Args:
         feature: map of images padded at their ends, (B, C, x, y, z).
         stride: image voxels per voxel of the map.
         size: voxels of the images without padding, (B, 3); None: there is none.
+        pooling: ``average`` or ``max``.
 
     Returns:
         (B, C), float32.
     """
     feature = feature.float()
     if size is None:
-        return feature.mean(dim=(2, 3, 4))
+        return feature.mean(dim=(2, 3, 4)) if pooling == "average" else feature.amax(dim=(2, 3, 4))
     # a map's voxel i has its centre at the image's voxel stride * i
     counts = torch.div(size.to(feature.device) + (stride - 1), stride, rounding_mode="floor")
     mask = _inside(feature, 2, counts[:, 0]).unsqueeze(2).unsqueeze(3)
     mask = mask * _inside(feature, 3, counts[:, 1]).unsqueeze(1).unsqueeze(3)
     mask = (mask * _inside(feature, 4, counts[:, 2]).unsqueeze(1).unsqueeze(2)).unsqueeze(1)
+    if pooling == "max":  # features are at least 0, after the last ReLU
+        return (feature * mask).amax(dim=(2, 3, 4))
     return (feature * mask).sum(dim=(2, 3, 4)) / mask.sum(dim=(2, 3, 4))
 
 

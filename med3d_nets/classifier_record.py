@@ -65,6 +65,18 @@ class ClassifierRecord:
                 hidden.write_text(f"{json.dumps(self.record, indent=2)}\n", encoding="utf-8")
 
 
+def note(weights: str | Path, more: Mapping[str, Any]) -> None:
+    """Add keys to the ``classifier.json`` beside a classifier's weights.
+
+    Raises:
+        InputError: there is no record, or it is none.
+    """
+    path = Path(weights).expanduser().with_name(NAME)
+    record = {**read_record(weights), **more}
+    with replacing(path) as hidden:
+        hidden.write_text(f"{json.dumps(record, indent=2)}\n", encoding="utf-8")
+
+
 def read_record(weights: str | Path) -> dict[str, Any]:
     """Read the ``classifier.json`` beside a classifier's weights.
 

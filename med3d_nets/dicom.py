@@ -74,6 +74,15 @@ def series_grid(folder: Path) -> tuple[list[Path], tuple[int, int, int], NDArray
     return [file for file, _ in slices], (*_size(slices[0][1]), len(slices)), affine
 
 
+def series_uid(folder: Path) -> str:
+    """SeriesInstanceUID of the one series of slices that a folder holds.
+
+    Raises:
+        InputError: no image, or two series.
+    """
+    return str(_only_series(folder, [item for item in _headers(folder) if _is_image(item[1])])[0][1].SeriesInstanceUID)
+
+
 def read_pixels(folder: Path, files: list[Path]) -> NDArray[np.float32]:
     """Read the slices' rescaled values (HU for CT) in their order, float32, shape (columns, rows, slices).
 

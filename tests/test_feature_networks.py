@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 
 from med3d_nets import ClassificationNet, FeatureScale, PadAtEndd, parameter_groups
 from med3d_nets.class_scores import calibration_error, mean_auc, sensitivity_at, summarise
-from med3d_nets.classification import average
+from med3d_nets.classification import pool
 from tests.test_bundle_tools import drop, put
 from tools import bundles
 from tools.bundle_check import check_bundle
@@ -36,16 +36,16 @@ def test_every_block_type(depth: int) -> None:
         assert net(torch.zeros(2, 1, 17, 16, 9), torch.ones(2, 3, dtype=torch.long)).shape == (2, 4)
 
 
-def test_one_class_is_none() -> None:
-    with pytest.raises(ValueError, match="num_classes=1: at least 2"):
-        ClassificationNet(10, 1)
+def test_no_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_classes=0: at least 1"):
+        ClassificationNet(10, 0)
 
 
 def test_average_leaves_padding_out() -> None:
     """Voxel i of a map of stride 8 has its centre at the image's voxel 8 i."""
     feature = torch.rand(2, 5, 4, 3, 2)
     size = torch.tensor([[32, 24, 16], [9, 8, 1]])
-    found = average(feature, 8, size)
+    found = pool(feature, 8, size)
     torch.testing.assert_close(found[0], feature[0].mean(dim=(1, 2, 3)))
     torch.testing.assert_close(found[1], feature[1, :, :2, :1, :1].mean(dim=(1, 2, 3)))
 
@@ -59,9 +59,9 @@ def test_padding_of_a_batch_hardly_shows(net: ClassificationNet) -> None:
         torch.equal(padded["image"][0, :24, :20, :18], image[0, 0]) and float(padded["image"][0, 24:].abs().max()) == 0
     )
     with torch.inference_mode():
-        alone = average(net.backbone(image)[4], 8)
-        masked = average(net.backbone(padded["image"][None])[4], 8, padded["size"][None])
-        leaking = average(net.backbone(padded["image"][None])[4], 8)
+        alone = pool(net.backbone(image)[4], 8)
+        masked = pool(net.backbone(padded["image"][None])[4], 8, padded["size"][None])
+        leaking = pool(net.backbone(padded["image"][None])[4], 8)
     assert (masked - alone).norm() < 0.5 * (leaking - alone).norm()
     with pytest.raises(ValueError, match="larger than"):
         PadAtEndd("image", [16, 40, 40])({"image": image[0]})
@@ -86,7 +86,7 @@ def test_feature_scale(net: ClassificationNet) -> None:
     assert net.training and all(torch.equal(before[key], value) for key, value in net.backbone.state_dict().items())
     net.eval()
     with torch.inference_mode():
-        scaled = torch.cat([net.head[0](average(net.backbone(b["image"])[4], 8, b["size"])) for b in batches])
+        scaled = torch.cat([net.head[0](pool(net.backbone(b["image"])[4], 8, b["size"])) for b in batches])
     torch.testing.assert_close(scaled.mean(dim=0), torch.zeros(512), atol=1e-3, rtol=0)
     varied = scaled.std(dim=0, correction=0) > 0
     torch.testing.assert_close(
