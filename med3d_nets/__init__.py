@@ -12,6 +12,10 @@ from med3d_nets.classifier_record import ClassifierRecord, read_record
 from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
 from med3d_nets.components import CleanLabelsd
 from med3d_nets.datalist import read_datalist, split_by_patient
+from med3d_nets.detection import BoxDetector, DetectionNet
+from med3d_nets.detection_data import PointsToBoxesd, RandBoxPatchd
+from med3d_nets.detection_inferer import DetectionInferer, WorldBoxesd
+from med3d_nets.detection_training import Cpm, DetectionLoss
 from med3d_nets.domain_data import (
     DomainSampler,
     SeededDataset,
@@ -39,6 +43,8 @@ from med3d_nets.label_table import (
     sample_weights,
     split_cases,
 )
+from med3d_nets.luna import CheckPointsd, read_luna, split_luna
+from med3d_nets.lung_field import CropLungsd
 from med3d_nets.manifest import read_manifest
 from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
 from med3d_nets.native_labels import NativeLabelsd
@@ -63,10 +69,12 @@ __all__ = [
     "DEPTHS",
     "WEIGHTS",
     "BestModel",
+    "BoxDetector",
     "CaseEvaluator",
     "CaseScores",
     "CheckCTd",
     "CheckLabeld",
+    "CheckPointsd",
     "CheckVolumed",
     "Checkpoints",
     "ClassIndexd",
@@ -77,6 +85,11 @@ __all__ = [
     "CoTraining",
     "CoarseToFineInferer",
     "CoarseToFineNet",
+    "Cpm",
+    "CropLungsd",
+    "DetectionInferer",
+    "DetectionLoss",
+    "DetectionNet",
     "DomainDice",
     "DomainInferer",
     "DomainLoss",
@@ -94,7 +107,9 @@ __all__ = [
     "MultiDomainNet",
     "NativeLabelsd",
     "PadAtEndd",
+    "PointsToBoxesd",
     "PreciseNorm",
+    "RandBoxPatchd",
     "RandMirrord",
     "RandPatchd",
     "RandStagesd",
@@ -106,6 +121,7 @@ __all__ = [
     "TwoStageLoss",
     "TwoStageTraining",
     "WholeVolumeInferer",
+    "WorldBoxesd",
     "__version__",
     "accelerate",
     "cases_to_classify",
@@ -129,6 +145,7 @@ __all__ = [
     "read_datalist",
     "read_domains",
     "read_labels",
+    "read_luna",
     "read_manifest",
     "read_record",
     "sample_weights",
@@ -137,6 +154,7 @@ __all__ = [
     "split_by_patient",
     "split_cases",
     "split_domains",
+    "split_luna",
     "warn_overlap",
     "with_settings",
     "with_tensorrt",
