@@ -31,8 +31,10 @@ from med3d_nets.embedding import EmbeddingNet
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.evaluator import CaseEvaluator
 from med3d_nets.features import FeatureWriter, find_weights
+from med3d_nets.findings import FindingsWriter
 from med3d_nets.fingerprint import fingerprints
 from med3d_nets.flexunet import Med3DEncoder
+from med3d_nets.froc_scores import FrocScores
 from med3d_nets.inferer import WholeVolumeInferer
 from med3d_nets.inputs import CheckCTd, LoadVolumed, find_cases
 from med3d_nets.label_table import (
@@ -99,6 +101,8 @@ __all__ = [
     "EmbeddingNet",
     "FeatureScale",
     "FeatureWriter",
+    "FindingsWriter",
+    "FrocScores",
     "InputError",
     "LeaveOutUnknownd",
     "LoadVolumed",
