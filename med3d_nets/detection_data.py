@@ -101,9 +101,9 @@ class RandBoxPatchd(Randomizable, MapTransform):
     def _anywhere(self, field: torch.Tensor) -> NDArray[np.float64]:
         shape = np.array(field.shape[1:])
         for _ in range(100):
-            voxel = (self.R.uniform(size=3) * shape).astype(int)
-            if field[(0, *voxel)]:
-                return voxel.astype(float)
+            x, y, z = (self.R.uniform(size=3) * shape).astype(int).tolist()
+            if field[0, x, y, z]:
+                return np.array([x, y, z], dtype=float)
         return self.R.uniform(size=3) * (shape - 1)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

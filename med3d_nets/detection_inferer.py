@@ -96,7 +96,8 @@ class DetectionInferer(Inferer):
         self, image: torch.Tensor, network: nn.Module, place: tuple[tuple[int, int], ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Boxes of the window's own part, in the volume's voxels, and their probabilities."""
-        patch = image[(slice(None), slice(None), *(slice(a, b) for a, b in place))]
+        x, y, z = (slice(a, b) for a, b in place)
+        patch = image[:, :, x, y, z]
         sizes = [DIVISOR * math.ceil((b - a) / DIVISOR) for a, b in place]
         ends = [pad for (a, b), n in zip(reversed(place), reversed(sizes), strict=True) for pad in (0, n - (b - a))]
         output = network(F.pad(patch, ends))[0].float()

@@ -51,8 +51,12 @@ def draw_finding(
         axes = figure.add_axes((0.005 + 0.333 * column, 0.01, 0.323, 0.85))
         index = int(np.clip(round(middle[cut]), 0, hu.shape[cut] - 1))
         plane = np.take(hu, index, axis=cut).T
-        edges = [(n - 0.5 - middle[a]) * step[a] for a in (across, up) for n in (0, hu.shape[a])]
-        axes.imshow(plane, cmap="gray", vmin=window[0], vmax=window[1], origin="lower", extent=edges)
+        left, right, below, above = (
+            float((n - 0.5 - middle[a]) * step[a]) for a in (across, up) for n in (0, hu.shape[a])
+        )
+        axes.imshow(
+            plane, cmap="gray", vmin=window[0], vmax=window[1], origin="lower", extent=(left, right, below, above)
+        )
         corner = (-half[across], -half[up])
         axes.add_patch(Rectangle(corner, 2 * half[across], 2 * half[up], fill=False, edgecolor=_BOX, linewidth=1.2))
         axes.set_xlim(reach, -reach)  # the right and the front, the far ends of their axes, are drawn on the left

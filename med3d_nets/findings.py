@@ -38,9 +38,9 @@ class FindingsWriter:
     """Handler of CaseEvaluator that writes ``{case}_findings.json``, ``.csv`` and a PNG per finding.
 
     It expects in the engine's output, after postprocessing, ``pred``: findings of WorldBoxesd, (n, 7), and ``image``:
-    the network's input, RAS, (1, X, Y, Z), a MetaTensor; in the batch ``field``, where nodules were looked for. After several cases there are ``findings.csv``, the rows of
-    all, and ``summary.csv``, what became of each case. A case is written whole: the JSON last. If a case fails, files
-    of an earlier run under its name get the suffix ``.old``; so do earlier tables when a run starts.
+    the network's input, RAS, (1, X, Y, Z), a MetaTensor; in the batch ``field``, where nodules were looked for. After
+    several cases there are ``findings.csv``, the rows of all, and ``summary.csv``, what became of each case. The JSON
+    comes last. Files of an earlier run under a case's name, and earlier tables, get the suffix ``.old``.
 
     Args:
         output_dir: folder for the files.
@@ -172,7 +172,11 @@ class FindingsWriter:
             name = str(one["case"])
             report = read_report(self.output_dir / f"{name}_findings.json") or {}
             found = report.get("findings", [])
-            told = {"case": name, "image": str(one["image"]), "status": status(name, state.failed, state.skipped)}
+            told: dict[str, Any] = {
+                "case": name,
+                "image": str(one["image"]),
+                "status": status(name, state.failed, state.skipped),
+            }
             told |= {"reason": state.failed.get(name, ""), "findings": len(found) if report else ""}
             mine.append((told, [_row_of(name, finding) for finding in found]))
         cases = gather_rows(mine)

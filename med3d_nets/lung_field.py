@@ -57,9 +57,10 @@ class CropLungsd(MapTransform):
             affine = np.asarray(image.affine, dtype=np.float64).copy()
             affine[:3, 3] = nib.affines.apply_affine(affine, [part.start for part in place])
             meta = {name: value for name, value in image.meta.items() if name != "affine"}
-            values = image.as_tensor()[(slice(None), *place)].clone()
+            x, y, z = place
+            values = image.as_tensor()[:, x, y, z].clone()
             d[key] = MetaTensor(values, affine=torch.as_tensor(affine), meta=meta)
-            d[self.field_key] = torch.from_numpy(field[place].copy())[None]
+            d[self.field_key] = torch.from_numpy(field[x, y, z].copy())[None]
         return d
 
     def _box(self, field: NDArray[np.uint8], spacing: NDArray[np.float64]) -> tuple[slice, ...]:
@@ -91,8 +92,9 @@ def lung_field(hu: torch.Tensor, spacing: list[float]) -> NDArray[np.uint8]:
     if not lungs.any():
         return np.zeros(tuple(hu.shape), np.uint8)
     reach = round(CLOSE_MM / min(step)) + 1
+    inner = slice(reach, -reach)
     away = ndimage.distance_transform_edt(~np.pad(lungs, reach), sampling=step) > CLOSE_MM
-    closed = ndimage.distance_transform_edt(~away, sampling=step)[(slice(reach, -reach),) * 3] > CLOSE_MM - GROW_MM
+    closed = ndimage.distance_transform_edt(~away, sampling=step)[inner, inner, inner] > CLOSE_MM - GROW_MM
     for axis, f in enumerate(factor):
         closed = np.repeat(closed, f, axis=axis).take(range(hu.shape[axis]), axis)
     return closed.astype(np.uint8)

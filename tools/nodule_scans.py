@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fire
 import matplotlib.pyplot as plt
@@ -92,7 +93,7 @@ def look(folder: str, png: str) -> None:
     with (Path(folder) / "annotations.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     for name in sorted({row["seriesuid"] for row in rows}):
-        scan = nib.load(Path(folder) / f"{name}.nii.gz")
+        scan: Any = nib.load(Path(folder) / f"{name}.nii.gz")
         own = [row for row in rows if row["seriesuid"] == name]
         figure, axes = plt.subplots(3, len(own), figsize=(3 * len(own), 9), squeeze=False)
         for column, row in zip(axes.T, own, strict=True):
@@ -209,7 +210,7 @@ def _table(path: Path, rows: Sequence[Row]) -> None:
         hidden.write_text(text.getvalue())
 
 
-def _draw(scan: nib.Nifti1Image, row: dict[str, str], panels: NDArray) -> None:
+def _draw(scan: Any, row: dict[str, str], panels: NDArray) -> None:
     point = [-float(row["coordX"]), -float(row["coordY"]), float(row["coordZ"])]
     middle = nib.affines.apply_affine(np.linalg.inv(scan.affine), point)
     step, radius = nib.affines.voxel_sizes(scan.affine), float(row["diameter_mm"]) / 2
