@@ -81,12 +81,8 @@ def froc(scans: Sequence[ScanHits]) -> Froc:
     rates = _at_or_above(false, thresholds) / max(1, len(scans))
     sensitivity = _at_or_above(true, thresholds) / len(true) if len(true) else np.full(len(thresholds), np.nan)
     start = 0.0 if len(true) else np.nan
-    # At equal rates the last threshold has the highest sensitivity, which is the one that interpolation must see.
-    last = np.r_[rates[1:] > rates[:-1], True] if len(rates) else np.empty(0, bool)
-    known, heights = rates[last], sensitivity[last]
-    if not len(known) or known[0] > 0:
-        known, heights = np.r_[0.0, known], np.r_[start, heights]
-    at_rates = np.interp(RATES, known, heights)
+    # Where the curve rises straight up, numpy takes the upper end at that rate and the lower end before it.
+    at_rates = np.interp(RATES, np.r_[0.0, rates], np.r_[start, sensitivity])
     return Froc(thresholds, rates, sensitivity, at_rates, float(at_rates.mean()), len(scans), len(true))
 
 
