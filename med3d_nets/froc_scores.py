@@ -29,7 +29,7 @@ class FrocScores:
     It expects in the engine's output, after postprocessing, ``pred``: findings of WorldBoxesd, (n, 7), and in the batch
     ``points`` and ``excluded``, (m, 4): x, y, z, diameter in RAS mm. ``detections.csv`` has all findings in LUNA16's
     columns (LPS), ``nodules.csv`` each nodule with the probability of its best finding, empty where it was missed. If
-    no case could be scored, nothing is written and files of an earlier run get the suffix ``.old``. Of several
+    no nodule could be scored, nothing is written and files of an earlier run get the suffix ``.old``. Of several
     processes, the first writes the scans of all.
 
     Args:
@@ -69,11 +69,11 @@ class FrocScores:
         state.metrics["cpm"] = curve.cpm
         if rank() != 0:
             return
-        if not cases:
+        if not curve.nodules:
             for name in FILES:
                 set_aside(self.output_dir / name)
-            return
-        if not curve.nodules:
+            if failed:  # the evaluator tells of these
+                return
             raise InputError(
                 f"None of the {curve.scans} scans has a nodule in the annotations, so there is no sensitivity. "
                 "Evaluate scans with nodules."

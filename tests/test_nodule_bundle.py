@@ -107,15 +107,11 @@ class TestTraining:
         assert (trained / "checkpoints" / "checkpoint_epoch=3.pt").is_file()
 
     def test_two_processes(self, luna: Path, tmp_path: Path) -> None:
-        options = {**SMALL, **TRAINING, "max_epochs": 1, "dataset_dir": str(luna), "output_dir": str(tmp_path)}
-        files = f"['{config('train')}','{config('multi_gpu_train')}']"
-        done = torchrun(2, "-m", "monai.bundle", "run", "--config_file", files, *words(options))
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (tmp_path / "model_last.pt").is_file()
-
-
-def words(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        options = {**SMALL, **TRAINING, "max_epochs": 1, "dataset_dir": str(luna), "output_dir": str(tmp_path / "out")}
+        options.pop("bundle_root")
+        done = torchrun(tmp_path / "start", BUNDLE, ["train", "multi_gpu_train"], **options)
+        assert done.returncode == 0, done.stdout
+        assert (tmp_path / "out" / "model_last.pt").is_file()
 
 
 @pytest.mark.slow
