@@ -100,7 +100,8 @@ class TestPoints:
         case = {**read_luna(folder)[0]}
         with pytest.raises(RuntimeError) as caught:
             Compose([LoadVolumed("image"), CheckPointsd("image")])(case)
-        assert "annotations.csv, line 3: the point (500.0, 2.0, 30.0) mm (LPS) is outside" in str(caught.value.__cause__)
+        message = str(caught.value.__cause__)
+        assert "annotations.csv, line 3: the point (500.0, 2.0, 30.0) mm (LPS) is outside" in message
 
     @pytest.mark.parametrize("kind", ["plain", "flipped", "oblique"])
     def test_a_box_is_on_its_nodule(self, tmp_path: Path, kind: str) -> None:
