@@ -15,6 +15,10 @@ from med3d_nets.classifier_record import ClassifierRecord, read_record, settings
 from med3d_nets.coarse_to_fine import CoarseToFineInferer, CoarseToFineNet
 from med3d_nets.components import CleanLabelsd
 from med3d_nets.datalist import read_datalist, split_by_patient
+from med3d_nets.detection import BoxDetector, DetectionNet
+from med3d_nets.detection_data import PointsToBoxesd, RandBoxPatchd
+from med3d_nets.detection_inferer import DetectionInferer, WorldBoxesd
+from med3d_nets.detection_training import Cpm, DetectionLoss
 from med3d_nets.domain_data import (
     DomainSampler,
     SeededDataset,
@@ -30,8 +34,10 @@ from med3d_nets.embedding import EmbeddingNet
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.evaluator import CaseEvaluator
 from med3d_nets.features import FeatureWriter, find_weights
+from med3d_nets.findings import FindingsWriter
 from med3d_nets.fingerprint import fingerprints
 from med3d_nets.flexunet import Med3DEncoder
+from med3d_nets.froc_scores import FrocScores
 from med3d_nets.inferer import WholeVolumeInferer
 from med3d_nets.inputs import CheckCTd, LoadVolumed, find_cases
 from med3d_nets.label_table import (
@@ -42,6 +48,8 @@ from med3d_nets.label_table import (
     sample_weights,
     split_cases,
 )
+from med3d_nets.luna import CheckPointsd, read_luna, split_luna
+from med3d_nets.lung_field import CropLungsd
 from med3d_nets.manifest import read_manifest
 from med3d_nets.modality import IntensityByModalityd
 from med3d_nets.multidomain import CoTraining, DomainInferer, DomainLoss, MultiDomainNet
@@ -75,10 +83,12 @@ __all__ = [
     "AuxiliaryLoss",
     "AuxiliaryTraining",
     "BestModel",
+    "BoxDetector",
     "CaseEvaluator",
     "CaseScores",
     "CheckCTd",
     "CheckLabeld",
+    "CheckPointsd",
     "CheckVolumed",
     "Checkpoints",
     "ClassIndexd",
@@ -90,7 +100,12 @@ __all__ = [
     "CoTraining",
     "CoarseToFineInferer",
     "CoarseToFineNet",
+    "Cpm",
     "CropAtPointd",
+    "CropLungsd",
+    "DetectionInferer",
+    "DetectionLoss",
+    "DetectionNet",
     "DomainDice",
     "DomainInferer",
     "DomainLoss",
@@ -100,6 +115,8 @@ __all__ = [
     "EmbeddingNet",
     "FeatureScale",
     "FeatureWriter",
+    "FindingsWriter",
+    "FrocScores",
     "InputError",
     "IntensityByModalityd",
     "LeaveOutUnknownd",
@@ -112,8 +129,10 @@ __all__ = [
     "NoduleScores",
     "NoduleTable",
     "PadAtEndd",
+    "PointsToBoxesd",
     "PreciseNorm",
     "PredictionWriter",
+    "RandBoxPatchd",
     "RandMirrord",
     "RandPatchd",
     "RandStagesd",
@@ -127,6 +146,7 @@ __all__ = [
     "TwoStageTraining",
     "UpdateModel",
     "WholeVolumeInferer",
+    "WorldBoxesd",
     "__version__",
     "accelerate",
     "calibrate",
@@ -158,6 +178,7 @@ __all__ = [
     "read_datalist",
     "read_domains",
     "read_labels",
+    "read_luna",
     "read_manifest",
     "read_nodules",
     "read_record",
@@ -169,6 +190,7 @@ __all__ = [
     "split_by_patient",
     "split_cases",
     "split_domains",
+    "split_luna",
     "split_nodules",
     "unseen",
     "wants_features",

@@ -15,7 +15,6 @@ from torch import nn
 from med3d_nets.norm import bare
 from med3d_nets.resnet import Med3DResNet, freeze_stages, stages
 
-
 CENTRE = (0.07, 0.17)  # standard deviations of the Gaussians, as a share of the image's size
 
 
@@ -103,7 +102,7 @@ class ClassificationNet(nn.Module):
         if self.pooling == "centre":
             if size is not None:
                 raise ValueError("pooling='centre' takes images without padding.")
-            return pool_centre(maps, self.strides, x.shape[2:], self.widths)
+            return pool_centre(maps, self.strides, list(x.shape[2:]), self.widths)
         return pool(maps[4], self.stride, size, self.pooling)
 
     def train(self, mode: bool = True) -> ClassificationNet:
