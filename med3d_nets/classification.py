@@ -235,9 +235,9 @@ def pool_centre(maps: list[torch.Tensor], strides: list[int], size: list[int], w
         for width in widths:
             value = feature.float()
             for axis in range(3):  # a Gaussian is a product; the last axis that is left is summed each time
-                n = size[2 - axis]
-                place = torch.arange(value.shape[-1], device=value.device) * stride - (n - 1) / 2
-                weight = torch.exp(-0.5 * (place / (width * n)) ** 2)
+                voxels = torch.arange(size[2 - axis], device=value.device).float()  # tensors alone, for ONNX
+                place = torch.arange(value.shape[-1], device=value.device).float() * stride - voxels.mean()
+                weight = torch.exp(-0.5 * (place / (width * (voxels.max() + 1))) ** 2)
                 value = (value * (weight / weight.sum())).sum(dim=-1)
             pooled.append(value)
     return torch.cat(pooled, dim=1)
