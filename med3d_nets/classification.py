@@ -15,8 +15,6 @@ from torch import nn
 from med3d_nets.norm import bare
 from med3d_nets.resnet import Med3DResNet, freeze_stages, stages
 
-CENTRE = (0.07, 0.17)  # standard deviations of the Gaussians, as a share of the image's size
-
 
 class ClassificationNet(nn.Module):
     """Classifier of volumes: ``.backbone`` (Med3DResNet), layer4 pooled over space, ``.head``.
@@ -29,8 +27,7 @@ class ClassificationNet(nn.Module):
         num_classes: number of logits, at least 1: classes that exclude each other (softmax), or questions that are
             answered each for itself (sigmoid).
         dropout: probability with which a feature is dropped before the linear layer.
-        pooling: ``average`` or ``max`` of each feature of layer4 over space; or ``centre``, for what lies in the middle
-            of the image: the features of all five stages, averaged with two Gaussians around it (``CENTRE``).
+        pooling: ``average`` or ``max`` of each feature over space.
         shortcut_type: see Med3DResNet.
         in_channels: channels of the input.
         output_stride: see Med3DResNet.
@@ -64,16 +61,12 @@ class ClassificationNet(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: at least 1 is needed.")
-        if pooling not in ("average", "max", "centre"):
-            raise ValueError(f"pooling={pooling!r}: allowed are average, max and centre.")
+        if pooling not in ("average", "max"):
+            raise ValueError(f"pooling={pooling!r}: allowed are average and max.")
         self.pooling = pooling
         self.backbone = Med3DResNet(depth, shortcut_type, in_channels, output_stride)
-        self.strides = list(self.backbone.feature_strides)
-        self.widths = list(CENTRE)
-        self.stride = self.strides[-1]
+        self.stride = self.backbone.feature_strides[-1]
         channels = self.backbone.feature_channels[-1]
-        if pooling == "centre":
-            channels = len(CENTRE) * sum(self.backbone.feature_channels)
         self.head = nn.Sequential(Standardise(channels), nn.Dropout(dropout), nn.Linear(channels, num_classes))
         self.frozen_stages = 5 if freeze_backbone else frozen_stages
         self.freeze_norm = freeze_norm
@@ -93,17 +86,8 @@ class ClassificationNet(nn.Module):
         return self.head(self.features(x, size))
 
     def features(self, x: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the pooled features, (B, channels), of the arguments of ``forward``.
-
-        Raises:
-            ValueError: images are padded, and the pooling is around their middle.
-        """
-        maps = self.backbone(x)
-        if self.pooling == "centre":
-            if size is not None:
-                raise ValueError("pooling='centre' takes images without padding.")
-            return pool_centre(maps, self.strides, list(x.shape[2:]), self.widths)
-        return pool(maps[4], self.stride, size, self.pooling)
+        """Compute the pooled layer4, (B, channels), of the arguments of ``forward``."""
+        return pool(self.backbone(x)[4], self.stride, size, self.pooling)
 
     def train(self, mode: bool = True) -> ClassificationNet:
         """Set training mode; what is frozen stays in evaluation mode."""
@@ -216,31 +200,6 @@ def pool(
     if pooling == "max":  # features are at least 0, after the last ReLU
         return (feature * mask).amax(dim=(2, 3, 4))
     return (feature * mask).sum(dim=(2, 3, 4)) / mask.sum(dim=(2, 3, 4))
-
-
-def pool_centre(maps: list[torch.Tensor], strides: list[int], size: list[int], widths: list[float]) -> torch.Tensor:
-    """Averages of maps with Gaussians around the middle of the image.
-
-    Args:
-        maps: of one image batch, (B, C, x, y, z) each.
-        strides: image voxels per voxel of each map.
-        size: voxels of the images, (X, Y, Z).
-        widths: standard deviations of the Gaussians, as a share of the size.
-
-    Returns:
-        (B, number of Gaussians times all channels), float32.
-    """
-    pooled: list[torch.Tensor] = []
-    for feature, stride in zip(maps, strides):  # noqa: B905 (TorchScript has no strict)
-        for width in widths:
-            value = feature.float()
-            for axis in range(3):  # a Gaussian is a product; the last axis that is left is summed each time
-                voxels = torch.arange(size[2 - axis], device=value.device).float()  # tensors alone, for ONNX
-                place = torch.arange(value.shape[-1], device=value.device).float() * stride - voxels.mean()
-                weight = torch.exp(-0.5 * (place / (width * (voxels.max() + 1))) ** 2)
-                value = (value * (weight / weight.sum())).sum(dim=-1)
-            pooled.append(value)
-    return torch.cat(pooled, dim=1)
 
 
 def parameter_groups(
