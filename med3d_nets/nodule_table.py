@@ -128,7 +128,7 @@ class NoduleTable:
 
     def _caption(self, name: str, case: Mapping[str, Any]) -> str:
         values = [f"{target} {p:.2f}" for target, p in zip(self.targets, case["probabilities"], strict=True)]
-        return "\n".join([name, ", ".join(values)])
+        return "\n".join([name, *values])
 
     def _csv(self, cases: Mapping[str, Mapping[str, Any]]) -> str:
         points = any(case["point"] is not None for case in cases.values())

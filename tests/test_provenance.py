@@ -74,7 +74,12 @@ def test_verdict(case: str, tmp_path: Path) -> None:
 def test_every_training_dataset_is_recognised() -> None:
     for entry in THREE_D_SEG_8:
         assert sum(source.is_meant(entry) for source in SOURCES) == 1, entry
-    for name in ("lung_ct_segmentation_resnet10", "liver_ct_segmentation_resnet10", "med3d_real8_resnet10"):
+    for name in (
+        "lung_ct_segmentation_resnet10",
+        "liver_ct_segmentation_resnet10",
+        "lung_nodule_ct_classification_resnet10",
+        "med3d_real8_resnet10",
+    ):
         for entry in WEIGHTS[name].datasets:
             assert any(source.is_meant(entry) for source in SOURCES), entry
     assert all(record.datasets for record in WEIGHTS.values())

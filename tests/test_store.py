@@ -48,7 +48,10 @@ class TestRegistry:
             assert weight.name.endswith(f"resnet{weight.depth}") and bundle.name.endswith(f"resnet{weight.depth}")
             assert verify(ROOT / weight.path, weight.name) is weight
 
-    @pytest.mark.parametrize("name", [OWN, "liver_ct_segmentation_resnet10", "med3d_real8_resnet10"])
+    @pytest.mark.parametrize(
+        "name",
+        [OWN, "liver_ct_segmentation_resnet10", "lung_nodule_ct_classification_resnet10", "med3d_real8_resnet10"],
+    )
     def test_own_weights_load(self, name: str) -> None:
         record = WEIGHTS[name]
         account = load_backbone(Med3DResNet(record.depth, record.shortcut), name)
