@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from med3d_nets import ClassificationNet
-from tests.nodule_runs import many_nodules, run
+from tests.nodule_runs import BUNDLE, many_nodules, run
+from tools.bundle_ship import ship
 
 SMALL = {"input_size": [24, 24, 16], "spacing": [1.5, 1.5, 1.5]}
 
@@ -101,6 +103,12 @@ def test_one_bad_crop_does_not_stop_the_others(tmp_path: Path, weights: Path) ->
         run("inference", dataset_dir=str(data), output_dir=str(tmp_path), weights=str(weights), flips=False)
     assert "1 of 3 cases failed" in str(error.value.__cause__) and "p01_R_1.nii.gz" in str(error.value.__cause__)
     assert [row["case"] for row in read(tmp_path / "predictions.csv")] == ["p00_R_1", "p02_R_1"]
+
+
+def test_the_record_is_shipped_with_the_weights(tmp_path: Path, weights: Path) -> None:
+    folder = Path(shutil.copytree(BUNDLE, tmp_path / BUNDLE.name, ignore=shutil.ignore_patterns("models")))
+    assert ship(weights, folder).is_file()
+    assert (folder / "models" / "classifier.json").read_text() == (weights.parent / "classifier.json").read_text()
 
 
 def test_evaluation_leaves_seen_patients_out(tmp_path: Path, weights: Path) -> None:
