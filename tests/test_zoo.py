@@ -12,14 +12,19 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 
 from med3d_nets.errors import InputError
 from tests.bundle_runs import small_scan, write_volume
 from tests.zoo_server import LUNG, SMALL, dist, served
 from tools import zoo, zoo_pack
+from tools.bundle_folder import Bundle
+from tools.bundle_metadata import SCHEMA
 from tools.zoo_archive import pack
 from tools.zoo_diff import diff
 from tools.zoo_index import load_index
@@ -219,6 +224,14 @@ class TestPublish:
         assert not (tmp_path / "out").exists()
 
 
+def test_a_classifier_goes_with_its_record(tmp_path: Path) -> None:
+    """Without it nobody could tell which patients its weights have seen."""
+    name = "lung_nodule_ct_classification_resnet10"
+    zoo.pack(name, out=str(tmp_path), fast=True)
+    with zipfile.ZipFile(tmp_path / f"{name}_v0.1.0.zip") as file:
+        assert f"{name}/models/classifier.json" in file.namelist()
+
+
 @pytest.mark.slow
 def test_what_monai_downloads_makes_the_same_mask(served: tuple[str, Path], tmp_path: Path) -> None:
     """From an empty folder, run from a foreign one: voxel for voxel what the repository's bundle makes."""
@@ -240,3 +253,28 @@ def test_what_monai_downloads_makes_the_same_mask(served: tuple[str, Path], tmp_
         subprocess.run([*command, "run", *pairs], check=True, cwd=tmp_path, capture_output=True)
         masks.append(np.asarray(nib.load(out / "scan_seg.nii.gz").dataobj))
     np.testing.assert_array_equal(*masks)
+
+
+@pytest.mark.slow
+def test_monais_tools_take_what_was_downloaded(served: tuple[str, Path], tmp_path: Path) -> None:
+    """load, verify_metadata (by our copy of its rules: the schema is on the network), verify_net_in_out, exports."""
+    monai.bundle.download(name=LUNG, url=f"{served[0]}{LUNG}_v0.1.0.zip", bundle_dir=tmp_path, progress=False)
+    root = tmp_path / LUNG
+    files = {name: str(root / "configs" / f"{name}.json") for name in ("metadata", "inference")}
+    state = monai.bundle.load(LUNG, bundle_dir=tmp_path, workflow_type="infer")
+    network = Bundle(root).network
+    network.load_state_dict(state)
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    monai.bundle.verify_metadata(meta_file=files["metadata"], filepath=tmp_path / "schema.json")
+    configs = {"meta_file": files["metadata"], "config_file": files["inference"]}
+    monai.bundle.verify_net_in_out("network_def", device="cpu", **configs)
+    weights = {"ckpt_file": str(root / "models" / "model.pt"), **configs}
+    monai.bundle.ckpt_export("network_def", filepath=tmp_path / "net.ts", **weights)
+    image = torch.rand(1, 1, 64, 64, 64)
+    monai.bundle.onnx_export("network_def", filepath=str(tmp_path / "net.onnx"), input_shape=image.shape, **weights)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
+    with torch.inference_mode():
+        wanted = network(image)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "net.ts")(image), wanted)
+    assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())

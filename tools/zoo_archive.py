@@ -13,7 +13,15 @@ from pathlib import Path, PurePosixPath
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 
-PARTS = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf", "docs/*", "models/model.pt")
+PARTS = (
+    "LICENSE",
+    "large_files.yml",
+    "configs/*.json",
+    "configs/logging.conf",
+    "docs/*",
+    "models/model.pt",
+    "models/classifier.json",
+)
 """What of a bundle's folder is packed; whatever else lies there (data, runs, checkpoints) is the user's own."""
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # the zip format's first
