@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,26 @@ import torch
 from monai.networks import trt_compile
 from torch import nn
 
+from med3d_nets.classifier_ensemble import ClassifierEnsemble, weights_files
 from med3d_nets.errors import InputError
 
 _PACKAGES = ("tensorrt", "polygraphy", "onnx")
 
 
-def with_tensorrt(network: nn.Module, weights: str | Path, args: Mapping[str, Any]) -> nn.Module:
+def with_tensorrt(network: nn.Module, weights: str | Path | Sequence[str | Path], args: Mapping[str, Any]) -> nn.Module:
     """Run a network's encoder by TensorRT. MONAI would go on without it where it is missing; this stops.
 
-    The engine is built at the first pass, which takes minutes, and kept as ``WEIGHTS.backbone.plan``; it is built anew
-    when the weights are newer.
+    The engine is built at the first pass, which takes minutes, and kept as ``WEIGHTS.DIGEST.backbone.plan``, where
+    the digest is that of the encoder's layers and of ``args``; it is built anew when the weights are newer.
 
     Args:
-        network: with ``.backbone``, its weights loaded, on an NVIDIA GPU; changed in place.
-        weights: file of its weights, in a folder that can be written.
+        network: with ``.backbone``, or a ClassifierEnsemble of such, its weights loaded, on an NVIDIA GPU. It is left
+            as it is: Grad-CAM needs gradients, which an engine does not have.
+        weights: file of its weights, in a folder that can be written; of an ensemble a file per member.
         args: those of ``monai.networks.trt_compiler.TrtCompiler``.
 
     Returns:
-        The network.
+        A copy of the network.
 
     Raises:
         InputError: there is no NVIDIA GPU, or a package is missing.
@@ -39,7 +43,13 @@ def with_tensorrt(network: nn.Module, weights: str | Path, args: Mapping[str, An
             f"inference_trt.json: TensorRT cannot run here. Missing: {', '.join(missing)}. "
             "Install what is missing, or run without this overlay."
         )
-    return trt_compile(network, str(weights), args=dict(args), submodule="backbone")
+    copied = copy.deepcopy(network)
+    members = copied.networks if isinstance(copied, ClassifierEnsemble) else [copied]
+    for member, file in zip(members, weights_files(weights), strict=True):
+        digest = hashlib.sha256(f"{member.backbone} {dict(args)}".encode()).hexdigest()[:8]
+        timed = {**args, "timestamp": int(Path(file).stat().st_mtime)}  # MONAI's own would be that of the name below
+        trt_compile(member, f"{file}.{digest}", args=timed, submodule="backbone")
+    return copied
 
 
 def _missing() -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,25 @@ def test_samples_are_shared_out(trained: Path) -> None:
     assert checkpoint["trainer"] == {"epoch": 2, "iteration": 2}
     one, other = (process["torch"] for process in checkpoint["random_state"]["processes"])
     assert not torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_two_nodes(data: Path, tmp_path: Path) -> None:
+    """Two torchruns that meet at an address, two processes each, as on two machines that share a disk."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={meeting}", "--rdzv_id=1", "--local_addr=127.0.0.1"]
+    options = {"nodes": nodes, "output_dir": str(tmp_path / "out"), "batch_size": 1}
+    with ThreadPoolExecutor(2) as both:
+        runs = [both.submit(train, tmp_path / name, data, **options) for name in ("first", "second")]
+    assert [run.result().returncode for run in runs] == [0, 0], [run.result().stdout for run in runs]
+    validated = [run.result().stdout.count("Epoch[2] Metrics -- val_mean_dice") for run in runs]
+    assert sorted(validated) == [0, 1]
+    last = read(tmp_path / "out" / "model_last.pt")
+    for rank in range(4):
+        ended = read(tmp_path / "out" / f"rank{rank}.pt")
+        assert all(torch.equal(ended[name], value) for name, value in last.items())
+    assert len(read(tmp_path / "out" / "checkpoints" / "checkpoint_epoch=2.pt")["random_state"]["processes"]) == 4
 
 
 @pytest.mark.slow

@@ -14,7 +14,16 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
 
-from tests import feature_runs, nodule_runs, small_domains, small_training, test_liver_bundle, volume_runs
+from tests import (
+    feature_runs,
+    nodule_runs,
+    nodule_scans,
+    small_domains,
+    small_training,
+    test_detection_bundle,
+    test_liver_bundle,
+    volume_runs,
+)
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 Options = dict[str, Any]
@@ -60,6 +69,11 @@ def nodules(folder: Path, seed: int) -> Options:
     return {**small, "device": "cpu", "num_workers": 0, "backbone_weights": "", "folds": 2, "dataset_dir": data}
 
 
+def scans(folder: Path, seed: int) -> Options:
+    data = str(nodule_scans.luna_folder(folder, (2, 1)))
+    return {**test_detection_bundle.SMALL, **test_detection_bundle.TRAINING, "dataset_dir": data}
+
+
 TASKS: dict[str, Callable[[Path, int], Options]] = {
     "lung_ct_segmentation_resnet10": lungs,
     "liver_ct_segmentation_resnet10": livers,
@@ -67,6 +81,7 @@ TASKS: dict[str, Callable[[Path, int], Options]] = {
     "med3d_feature_extraction_resnet10": labels,
     "volume_classification_resnet10": volumes,
     "lung_nodule_ct_classification_resnet10": nodules,
+    "lung_nodule_ct_detection_resnet10": scans,
 }
 
 

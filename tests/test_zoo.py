@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import monai.bundle
 import nibabel as nib
@@ -27,7 +28,7 @@ from tools.bundle_folder import Bundle
 from tools.bundle_metadata import SCHEMA
 from tools.zoo_archive import pack
 from tools.zoo_diff import diff
-from tools.zoo_index import load_index
+from tools.zoo_index import load_index, parse_key
 
 __all__ = ["dist", "served"]  # fixtures
 
@@ -171,6 +172,25 @@ class TestPublish:
         assert index[f"{LUNG}_v0.1.0"]["source"] == source
         assert {path.name for path in (tmp_path / "out" / "assets").iterdir()} == {f"{key}.zip" for key in index}
         assert "gh release create v1 --repo me/models --verify-tag" in capsys.readouterr().out
+
+    def test_monai_lists_what_is_on_github(
+        self, dist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its address is fixed, so the network alone is replaced: the rest is MONAI reading our files."""
+        zoo.publish("github", "me/models/v1", str(dist), str(tmp_path / "out"))
+
+        def get(url: str) -> SimpleNamespace:
+            path = url.removeprefix("https://raw.githubusercontent.com/me/models/v1/")
+            return SimpleNamespace(text=(tmp_path / "out" / path).read_text(), raise_for_status=lambda: None)
+
+        monkeypatch.setattr(monai.bundle.scripts, "requests", SimpleNamespace(get=get))
+        monkeypatch.setattr(monai.bundle.scripts, "has_requests", True)
+        listed = monai.bundle.get_all_bundles_list(repo="me/models", tag="v1")
+        assert sorted(listed) == [parse_key(key) for key in sorted(load_index(dist))]
+        versions = monai.bundle.get_bundle_versions(LUNG, repo="me/models", tag="v1")
+        assert versions == {"latest_version": "0.1.0", "all_versions": ["0.1.0"]}
+        info = monai.bundle.get_bundle_info(LUNG, repo="me/models", tag="v1")
+        assert info["browser_download_url"].endswith(f"/releases/download/v1/{LUNG}_v0.1.0.zip")
 
     @pytest.mark.parametrize("to", ["github", "huggingface"])
     def test_zips_are_those_of_the_index(self, dist: Path, tmp_path: Path, to: str) -> None:

@@ -18,14 +18,20 @@ TIMEOUT = 900  # seconds; a deadlock would take for ever
 
 @contextmanager
 def started(
-    folder: Path, bundle: Path, configs: Sequence[str], processes: int = 2, restarts: int = 0, **options: Any
+    folder: Path,
+    bundle: Path,
+    configs: Sequence[str],
+    processes: int = 2,
+    restarts: int = 0,
+    nodes: Sequence[str] = ("--standalone",),
+    **options: Any,
 ) -> Iterator[subprocess.Popen[str]]:
     """torchrun over configs of a bundle, by name; options that are no command line's go through a config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "options.json").write_text(json.dumps({"bundle_root": str(bundle), **options}))
     files = [*(str(bundle / "configs" / f"{name}.json") for name in configs), str(folder / "options.json")]
     meta = str(bundle / "configs" / "metadata.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc_per_node={processes}"]
     command += [f"--max-restarts={restarts}"]
     command += ["-m", "monai.bundle", "run", "--config_file", str(files), "--meta_file", meta]
     process = subprocess.Popen(
