@@ -112,7 +112,14 @@ class TestServe:
     def test_page(self, served: tuple[str, Path]) -> None:
         page = urllib.request.urlopen(served[0]).read().decode()
         assert "<script" not in page and page.startswith("<!DOCTYPE html>")
-        for text in (LUNG, "cip64 left lung dice 0.9733", "Apache License", "29.1 MB", "in the zip", "see its README"):
+        for text in (
+            LUNG,
+            "cip64 left lung dice <b>0.9733</b>",
+            "Apache License",
+            "29.1 MB",
+            "in the zip",
+            "see its README",
+        ):
             assert text in page
         source = f"{served[0]}{LUNG}_v0.1.0.zip"
         assert f"python -m monai.bundle download --name {LUNG} --url {source} --bundle_dir ." in page
@@ -173,9 +180,7 @@ class TestPublish:
         assert {path.name for path in (tmp_path / "out" / "assets").iterdir()} == {f"{key}.zip" for key in index}
         assert "gh release create v1 --repo me/models --verify-tag" in capsys.readouterr().out
 
-    def test_monai_lists_what_is_on_github(
-        self, dist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_monai_lists_what_is_on_github(self, dist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its address is fixed, so the network alone is replaced: the rest is MONAI reading our files."""
         zoo.publish("github", "me/models/v1", str(dist), str(tmp_path / "out"))
 

@@ -19,8 +19,9 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem
 table { border-collapse: collapse; width: 100% }
 th, td { border-bottom: 1px solid #d5d9de; padding: .5rem .6rem; text-align: left; vertical-align: top }
 th { background: #f2f4f6 }
-td:first-child, td:nth-child(4) { white-space: nowrap }
-.how td { white-space: normal !important }
+td:last-child { white-space: nowrap }
+.how td { padding-top: 0; white-space: normal }
+.how p { margin: 0 0 .4rem }
 tr:not(.how) td { border-bottom: 0 }
 pre { background: #f2f4f6; padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0 }
 .wide { overflow-x: auto }
@@ -104,8 +105,11 @@ def page(index: Mapping[str, Record], base: str) -> str:
         index: records.
         base: address of the zoo, with ``/`` at its end.
     """
-    rows = "".join(_row(key, index[key], base) for key in sorted(index, key=by_version))
-    heads = "".join(f"<th>{head}</th>" for head in ("Bundle", "Task", "Depth", "Scores", "Weights", "Licence", "Size"))
+    keys = sorted(
+        index, key=lambda key: (str(index[key].get("task", "")), index[key].get("depth") or 0, by_version(key))
+    )
+    rows = "".join(_row(key, index[key], base) for key in keys)
+    heads = "".join(f"<th>{head}</th>" for head in ("Bundle", "Task", "Depth", "Weights", "Licence", "Size"))
     body = f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>' if rows else "<p>No bundle yet.</p>"
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Bundle zoo</title>'
@@ -124,20 +128,20 @@ def _row(key: str, record: Record, base: str) -> str:
         f"python -m tools.zoo fetch {name} --index {base}{NAME} --version {version}\n"
         f"python -m monai.bundle download --name {name} --url {source} --bundle_dir ."
     )
-    about = f'<br><span class="muted">{escape(str(record.get("description", "")))}</span>'
     cells = (
-        f"<strong>{escape(name)}</strong> {escape(version)}",
-        escape(str(record.get("task", ""))) + about,
+        f"<strong>{escape(name).replace('_', '_<wbr>')}</strong> {escape(version)}",
+        escape(str(record.get("task", ""))),
         escape(str(record.get("depth", ""))),
-        _scores(record.get("scores", {})),
         "in the zip" if record.get("has_weights") else "see its README",
         escape(str(record.get("licence", ""))),
         f'<a href="{escape(source)}">{record["size"] / 1e6:.1f} MB</a>',
     )
     row = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr>{row}</tr><tr class="how"><td colspan="{len(cells)}"><pre>{escape(commands)}</pre></td></tr>'
+    about = f'<p class="muted">{escape(str(record.get("description", "")))}</p>{_scores(record.get("scores", {}))}'
+    how = f'<td colspan="{len(cells)}">{about}<pre>{escape(commands)}</pre></td>'
+    return f'<tr>{row}</tr><tr class="how">{how}</tr>'
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    lines = [f"{escape(name.replace('_', ' '))} {escape(str(value))}" for name, value in scores.items()]
-    return "<br>".join(lines) or "–"
+    listed = [f"{escape(name.replace('_', ' '))} <b>{escape(str(value))}</b>" for name, value in scores.items()]
+    return f"<p>Scores: {', '.join(listed)}</p>" if listed else "<p>No scores: it ships no weights of its own.</p>"
