@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from med3d_nets.files import replacing
+from med3d_nets.tables import csv_text
 
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 _IN_TWO_FILES = (".mhd", ".nhdr")  # a header with the voxels in another file of the same stem
@@ -122,12 +121,8 @@ def write_summary(path: Path, rows: Sequence[Mapping[str, Any]], labels: Sequenc
         "seconds",
         "mask",
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with replacing(path) as hidden:
-        hidden.write_text(text.getvalue(), encoding="utf-8")
+        hidden.write_text(csv_text(columns, rows), encoding="utf-8")
     counts = ", ".join(f"{sum(row['status'] == one for row in rows)} {one}" for one in (DONE, SKIPPED, FAILED))
     print(f"{len(rows)} cases ({counts}) -> {path}", flush=True)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing, set_aside
 from med3d_nets.label_sets import joined
 from med3d_nets.processes import gather, rank
+from med3d_nets.tables import csv_text
 from med3d_nets.weights import file_sha256
 
 Measure = Callable[[NDArray[np.float64], NDArray[np.int64]], float]
@@ -301,14 +300,12 @@ def _or_none(value: float) -> float | None:
 
 
 def _csv(cases: dict[str, dict[str, Any]], classes: Sequence[str], labelled: bool, multi_label: bool) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", *(f"p_{name}" for name in classes), "prediction", *(["truth"] if labelled else [])])
+    rows = []
     for case, one in cases.items():
         found = prediction(one["probabilities"], classes, multi_label)
         truth = [_true_name(one["truth"], classes, multi_label)] if labelled else []
-        writer.writerow([case, *(f"{value:.6f}" for value in one["probabilities"]), found, *truth])
-    return text.getvalue()
+        rows.append([case, *(f"{value:.6f}" for value in one["probabilities"]), found, *truth])
+    return csv_text(["case", *(f"p_{name}" for name in classes), "prediction", *(["truth"] if labelled else [])], rows)
 
 
 def _true_name(truth: Any, classes: Sequence[str], multi_label: bool) -> str:

@@ -22,6 +22,7 @@ from med3d_nets.detection import DIVISOR, BoxDetector
 from med3d_nets.errors import InputError
 
 _SLACK = 2.0  # voxels by which windows' own parts overlap, so that no box falls between two of them
+_LEAST_IN_FIELD = 0.1  # of a box
 
 
 class DetectionInferer(Inferer):
@@ -61,7 +62,7 @@ class DetectionInferer(Inferer):
         Args:
             inputs: the volume, (1, C, X, Y, Z).
             network: a DetectionNet, or what stands for it.
-            field: where to look, (1, 1, X, Y, Z); elsewhere there are no boxes.
+            field: where to look, (1, 1, X, Y, Z); boxes with less than a tenth there are dropped.
             args: unused.
             kwargs: unused.
 
@@ -77,7 +78,7 @@ class DetectionInferer(Inferer):
             boxes.append(found)
             scores.append(score)
         box, score = torch.cat(boxes), torch.cat(scores)
-        inside = _is_inside(box, mask)
+        inside = _in_field(box, mask)
         box, score = box[inside], score[inside]
         selector = self.detector.box_selector
         kept = non_max_suppression(box, score, selector.nms_thresh, selector.detections_per_img)
@@ -141,8 +142,10 @@ class WorldBoxesd(MapTransform):
         return d
 
 
-def _is_inside(boxes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Whether the middle of each box is in the mask."""
-    middle = ((boxes[:, :3] + boxes[:, 3:]) / 2).round().long()
-    middle = torch.minimum(middle.clamp(min=0), torch.tensor(mask.shape, device=middle.device) - 1)
-    return mask[middle[:, 0], middle[:, 1], middle[:, 2]]
+def _in_field(boxes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Whether a share of each box is in the mask: the middle of a mass at the wall of the chest is not."""
+    kept = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for index, box in enumerate(boxes.round().long().clamp(min=0).tolist()):
+        part = tuple(slice(min(a, n - 1), b + 1) for a, b, n in zip(box[:3], box[3:], mask.shape, strict=True))
+        kept[index] = mask[part].float().mean() >= _LEAST_IN_FIELD
+    return kept

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -15,19 +13,18 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from numpy.typing import NDArray
 from torch import nn
 
 from med3d_nets.acceleration import InferenceNet
-from med3d_nets.archive import origin_of
+from med3d_nets.case_writer import CaseWriter, versions
 from med3d_nets.embedding import STAGES, EmbeddingNet
 from med3d_nets.errors import InputError
-from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import remove_partial, replacing, set_aside
+from med3d_nets.files import replacing
 from med3d_nets.processes import gather_rows, rank
 from med3d_nets.registry import WEIGHTS
-from med3d_nets.results import versions
+from med3d_nets.tables import csv_text
 from med3d_nets.weights import file_sha256
 from med3d_nets.weights.store import fault, resolve
 
@@ -36,7 +33,7 @@ Arrays = dict[str, NDArray[Any]]
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-class FeatureWriter:
+class FeatureWriter(CaseWriter):
     """Handler of CaseEvaluator that writes ``{case}_features.npz``, and at the end ``embeddings.csv`` and ``run.json``.
 
     The npz holds the average of each stage (``stem``, ``layer1`` … ``layer4``) and ``embedding``, that of layer4,
@@ -45,11 +42,10 @@ class FeatureWriter:
     has one row per case: name, then the embedding; of several processes, it and the record are for the cases of all.
 
     It expects in the engine's output ``pred``, what EmbeddingNet gives, and ``image``, the network's input, a
-    MetaTensor. No file is ever half written. When a run starts, the table and the record of an earlier run get the
-    suffix ``.old``; when a case fails, so does its npz.
+    MetaTensor.
 
     Args:
-        output_dir: folder for the files, made when the first case starts.
+        output_dir: see CaseWriter.
         network: the EmbeddingNet that runs, also as ``accelerate`` made it.
         weights: file of its weights, whose hash goes into ``run.json``.
         record: what else ``run.json`` tells and shapes a result: the bundle, the spacing, the normalisation and so on.
@@ -75,24 +71,18 @@ class FeatureWriter:
         unknown = [str(stage) for stage in stages if stage not in STAGES]
         if unknown:
             raise InputError(f"map_stages: there is no {', '.join(unknown)}; allowed are {', '.join(STAGES)}.")
-        self.output_dir = Path(output_dir).expanduser()
         self.network: Any = network.network if isinstance(network, InferenceNet) else network
-        self.weights = Path(weights)
         self.record = dict(record)
         self.map_stages = stages if maps else []
-        self.skip_finished = skip_finished
         self._maps: list[torch.Tensor] = []
         self._embeddings: dict[str, NDArray[np.float32]] = {}
-        self._sha256 = ""
-        self._origin: dict[str, Any] = {}
+        settings = {name: value for name, value in record.items() if name != "weights"}  # a name; the hash counts
+        tables = ["embeddings.csv", "run.json"]
+        super().__init__(output_dir, weights, {**settings, "maps": self.map_stages}, tables, skip_finished)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a CaseEvaluator."""
-        engine.add_event_handler(CaseEvents.CASES_STARTED, self._start)
-        engine.add_event_handler(Events.STARTED, self._note_origin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(CaseEvents.CASE_FAILED, self._forget)
-        engine.add_event_handler(CaseEvents.ALL_CASES_DONE, self._finish)
+        super().attach(engine)
         if self.map_stages:
             self.network.backbone.register_forward_hook(self._keep_maps)
 
@@ -117,22 +107,8 @@ class FeatureWriter:
         print(f"  {len(arrays['embedding'])} features -> {path}", flush=True)
 
     def _start(self, engine: Engine) -> None:
-        """Make the folder; what an earlier run says of all cases must not stand beside the results of this one."""
-        state: Any = engine.state
         self._embeddings = {}
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("embeddings.csv", "run.json") if rank() == 0 else ():
-                set_aside(self.output_dir / name)
-        except OSError as error:
-            raise InputError(
-                f"{self.output_dir}: nothing can be written to this output_dir ({error.strerror}). "
-                "Give a folder that can be written."
-            ) from error
-        if self.skip_finished:
-            state.skipped |= {one["case"] for one in state.cases if self._is_finished(one)}
-        cases = [one["case"] for one in state.cases if one["case"] not in state.skipped]
-        remove_partial(self.output_dir, {self._path(case).name for case in cases})
+        super()._start(engine)
 
     def _is_finished(self, case: Mapping[str, Any]) -> bool:
         """Whether the npz is what would be made now; then its embedding is kept for the table."""
@@ -145,15 +121,6 @@ class FeatureWriter:
             return False
         self._embeddings[case["case"]] = embedding
         return True
-
-    def _note_origin(self, engine: Engine) -> None:
-        """The image as it is when the case begins: if it changes later, its result is not taken for finished."""
-        self._origin = self._origin_of(engine.state.item["image"])  # type: ignore[attr-defined]
-
-    def _origin_of(self, image: str) -> dict[str, Any]:
-        self._sha256 = self._sha256 or file_sha256(self.weights)
-        settings = {name: value for name, value in self.record.items() if name != "weights"}  # a name; the hash counts
-        return origin_of(image, {**settings, "maps": self.map_stages, "weights_sha256": self._sha256})
 
     def _keep_maps(self, backbone: nn.Module, inputs: Any, maps: list[torch.Tensor]) -> None:
         self._maps = maps
@@ -170,14 +137,11 @@ class FeatureWriter:
         self._maps = []
         return arrays
 
-    def _forget(self, engine: Engine) -> None:
-        """Results of an earlier run must not look like those of the failed one."""
-        case = engine.state.case  # type: ignore[attr-defined]
-        self._embeddings.pop(case, None)
-        set_aside(self._path(case))
+    def _set_aside(self, engine: Engine) -> None:
+        self._embeddings.pop(engine.state.case, None)  # type: ignore[attr-defined]
+        super()._set_aside(engine)
 
     def _finish(self, engine: Engine) -> None:
-        """Write the table and the record of all cases of all processes."""
         state: Any = engine.state
         rows = gather_rows(
             [(one["case"], self._embeddings.get(one["case"]), state.failed.get(one["case"], "")) for one in state.cases]
@@ -203,6 +167,9 @@ class FeatureWriter:
                 print(f"{len(embeddings)} embeddings -> {self.output_dir / 'embeddings.csv'}")
             hidden = files.enter_context(replacing(self.output_dir / "run.json"))
             hidden.write_text(f"{json.dumps(report, indent=2)}\n")
+
+    def _files_of(self, case: str) -> list[Path]:
+        return [self._path(case)]
 
     def _path(self, case: str) -> Path:
         return self.output_dir / f"{case}_features.npz"
@@ -238,10 +205,6 @@ def find_weights(weights: str | Path, bundle_root: str | Path) -> str:
 
 
 def _table(embeddings: Mapping[str, NDArray[np.float32]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     width = len(next(iter(embeddings.values())))
-    writer.writerow(["case", *(f"e{index}" for index in range(width))])
-    for case, vector in embeddings.items():
-        writer.writerow([case, *(f"{value:.7g}" for value in vector)])
-    return text.getvalue()
+    rows = [[case, *(f"{value:.7g}" for value in vector)] for case, vector in embeddings.items()]
+    return csv_text(["case", *(f"e{index}" for index in range(width))], rows)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -14,17 +11,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from numpy.typing import NDArray
 
-from med3d_nets.archive import is_finished, origin_of, read_report, status
+from med3d_nets.archive import read_report, status
+from med3d_nets.case_writer import CaseWriter, versions
 from med3d_nets.errors import InputError
-from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import replacing, set_aside
+from med3d_nets.files import replacing
 from med3d_nets.finding_picture import draw_finding
 from med3d_nets.processes import gather_rows, rank
-from med3d_nets.results import versions
-from med3d_nets.weights import file_sha256
+from med3d_nets.tables import csv_text
 
 COLUMNS = (
     *("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"),
@@ -34,24 +30,22 @@ ALL, SUMMARY = "findings.csv", "summary.csv"
 SPACE = "LPS: x to the patient's left, y to the back, z to the head (ITK, DICOM, LUNA16); RAS (NIfTI) negates x and y"
 
 
-class FindingsWriter:
+class FindingsWriter(CaseWriter):
     """Handler of CaseEvaluator that writes ``{case}_findings.json``, ``.csv`` and a PNG per finding.
 
     It expects in the engine's output, after postprocessing, ``pred``: findings of WorldBoxesd, (n, 7), and ``image``:
     the network's input, RAS, (1, X, Y, Z), a MetaTensor; in the batch ``field``, where nodules were looked for. After
-    several cases there are ``findings.csv``, the rows of all, and ``summary.csv``, what became of each case. The JSON
-    comes last. Files of an earlier run under a case's name, and earlier tables, get the suffix ``.old``.
+    several cases there are ``findings.csv``, the rows of all, and ``summary.csv``, what became of each case.
 
     Args:
-        output_dir: folder for the files.
+        output_dir: see CaseWriter.
         hu_window: HU that are 0 and 1 in ``image``.
-        weights: file of the network's weights, whose hash goes into the JSON.
+        weights: see CaseWriter.
         bundle: name and version of the bundle, for the JSON.
         min_probability: findings below are not reported.
         pictures: most pictures of a case, of the most probable findings.
         settings: what else shapes a result, for the JSON.
-        skip_finished: leave a case out whose files are all there and were made from the same image by the same weights,
-            bundle and settings.
+        skip_finished: see CaseWriter.
     """
 
     def __init__(
@@ -67,24 +61,13 @@ class FindingsWriter:
     ) -> None:
         if not 0 <= float(min_probability) < 1:
             raise InputError(f"min_probability={min_probability}: allowed is 0 to below 1.")
-        self.output_dir = Path(output_dir).expanduser()
         self.hu_window = [float(value) for value in hu_window]
-        self.weights = weights
-        self.bundle = dict(bundle)
         self.min_probability = float(min_probability)
         self.pictures = int(pictures)
-        self.settings = {"min_probability": self.min_probability, "pictures": self.pictures, **(settings or {})}
-        self.skip_finished = skip_finished
-        self._sha256 = ""
-        self._origin: dict[str, Any] = {}
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a CaseEvaluator."""
-        engine.add_event_handler(CaseEvents.CASES_STARTED, self._start)
-        engine.add_event_handler(Events.STARTED, self._note_origin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(CaseEvents.CASE_FAILED, self._set_aside)
-        engine.add_event_handler(CaseEvents.ALL_CASES_DONE, self._summarise)
+        shaping = {"min_probability": self.min_probability, "pictures": self.pictures, **(settings or {})}
+        super().__init__(
+            output_dir, weights, {"bundle": dict(bundle), "settings": shaping}, [ALL, SUMMARY], skip_finished
+        )
 
     def __call__(self, engine: Engine) -> None:
         """Have the files of the current case written."""
@@ -98,8 +81,7 @@ class FindingsWriter:
         image, values = output["image"], np.asarray(output["pred"], dtype=np.float64)
         values = values[values[:, 6] >= self.min_probability]
         native = np.asarray(image.meta["original_affine"], dtype=np.float64)
-        names = [f"{case}_finding{number:02d}.png" for number in range(1, min(len(values), self.pictures) + 1)]
-        self._set_aside_of(case)
+        names = [_picture(case, number) for number in range(1, min(len(values), self.pictures) + 1)]
         low, high = self.hu_window
         hu, files = image[0].numpy() * (high - low) + low, {}
         affine = np.asarray(image.affine, dtype=np.float64)
@@ -107,9 +89,6 @@ class FindingsWriter:
             title = f"{case}: finding {number} of {len(values)}, {_diameter(value):.1f} mm, p = {value[6]:.2f}"
             files[name] = draw_finding(hu, affine, value[:3], value[3:6], title)
         files[f"{case}_findings.csv"] = table([row(case, value) for value in values]).encode()
-        for name, content in files.items():
-            with replacing(self.output_dir / name) as hidden:
-                hidden.write_bytes(content)
         report = {
             "case": case,
             **origin,
@@ -118,59 +97,29 @@ class FindingsWriter:
             "space": SPACE,
             "lungs_found": bool(output["field"].any()),
             "findings": [_entry(value, native, name) for value, name in _padded(values, names)],
-            "files": {name: len(content) for name, content in files.items()},
             "versions": versions(),
         }
-        path = self.output_dir / f"{case}_findings.json"
-        with replacing(path) as hidden:
-            hidden.write_text(json.dumps(report, indent=2) + "\n")
+        self._write_files(case, report, files)
         lungs = "" if report["lungs_found"] else " (no lungs in view)"
-        print(f"  {case}: {len(values)} findings{lungs} -> {path}", flush=True)
+        print(f"  {case}: {len(values)} findings{lungs} -> {self._report_path(case)}", flush=True)
 
-    def _start(self, engine: Engine) -> None:
-        state: Any = engine.state
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.output_dir}: this output_dir cannot be made ({error.strerror}). "
-                "Give a folder that can be written."
-            ) from error
-        if rank() == 0:
-            for name in (ALL, SUMMARY):
-                set_aside(self.output_dir / name)
-        if self.skip_finished:
-            state.skipped |= {one["case"] for one in state.cases if self._is_finished(one)}
+    def _files_of(self, case: str) -> list[Path]:
+        """Of an earlier run there may be more pictures than now: its report names them."""
+        names = [f"{case}_findings.csv", *(_picture(case, number) for number in range(1, self.pictures + 1))]
+        path = self._report_path(case)
+        earlier = (read_report(path) or {"files": ()})["files"]
+        names += [Path(one).name for one in earlier]
+        return [path, *(self.output_dir / name for name in dict.fromkeys(names))]
 
-    def _is_finished(self, case: Mapping[str, Any]) -> bool:
-        report = read_report(self.output_dir / f"{case['case']}_findings.json")
-        return report is not None and is_finished(report, self._origin_of(case["image"]), self.output_dir)
+    def _report_path(self, case: str) -> Path:
+        return self.output_dir / f"{case}_findings.json"
 
-    def _note_origin(self, engine: Engine) -> None:
-        """The image as it is when the case begins: if it changes later, its result is not taken for finished."""
-        self._origin = self._origin_of(engine.state.item["image"])  # type: ignore[attr-defined]
-
-    def _origin_of(self, image: str) -> dict[str, Any]:
-        self._sha256 = self._sha256 or file_sha256(self.weights)
-        made_by = {"bundle": self.bundle, "weights_sha256": self._sha256, "settings": self.settings}
-        return origin_of(image, made_by)
-
-    def _set_aside(self, engine: Engine) -> None:
-        """Results of an earlier run must not look like those of the failed one."""
-        self._set_aside_of(engine.state.case)  # type: ignore[attr-defined]
-
-    def _set_aside_of(self, case: str) -> None:
-        report = read_report(self.output_dir / f"{case}_findings.json")
-        for name in [f"{case}_findings.json", *(report["files"] if report else [f"{case}_findings.csv"])]:
-            set_aside(self.output_dir / Path(name).name)
-
-    def _summarise(self, engine: Engine) -> None:
-        """Write the tables of all cases of all processes."""
+    def _finish(self, engine: Engine) -> None:
         state: Any = engine.state
         mine = []
         for one in state.cases:
             name = str(one["case"])
-            report = read_report(self.output_dir / f"{name}_findings.json") or {}
+            report = self._report_of(name) or {}
             found = report.get("findings", [])
             told: dict[str, Any] = {"case": name, "image": str(one["image"])}
             told["status"] = status(name, state.failed, state.skipped)
@@ -179,11 +128,11 @@ class FindingsWriter:
         cases = gather_rows(mine)
         if rank() == 0 and len(cases) > 1:
             _write(self.output_dir / ALL, table([line for _, lines in cases for line in lines]))
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(cases[0][0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(told for told, _ in cases)
-            _write(self.output_dir / SUMMARY, text.getvalue())
+            _write(self.output_dir / SUMMARY, csv_text(list(cases[0][0]), [told for told, _ in cases]))
+
+
+def _picture(case: str, number: int) -> str:
+    return f"{case}_finding{number:02d}.png"
 
 
 def row(case: str, value: NDArray[np.float64]) -> list[str]:
@@ -194,11 +143,7 @@ def row(case: str, value: NDArray[np.float64]) -> list[str]:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A table of findings as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(COLUMNS, rows)
 
 
 def _entry(value: NDArray[np.float64], native: NDArray[np.float64], picture: str) -> dict[str, Any]:

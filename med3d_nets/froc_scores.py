@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ from med3d_nets.files import replacing, set_aside
 from med3d_nets.findings import row, table
 from med3d_nets.froc import RATES, Froc, ScanHits, froc, intervals, match
 from med3d_nets.processes import gather, rank
+from med3d_nets.tables import csv_text
 from med3d_nets.weights import file_sha256
 
 FILES = ("froc.csv", "froc.json", "froc.png", "detections.csv", "nodules.csv")
@@ -114,12 +114,9 @@ def summary(curve: Froc, ends: np.ndarray) -> dict[str, Any]:
 
 def curve_csv(curve: Froc) -> str:
     """The curve as a table: threshold, false positives per scan, sensitivity."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["threshold", "false_positives_per_scan", "sensitivity"])
-    for values in zip(curve.thresholds, curve.rates, curve.sensitivity, strict=True):
-        writer.writerow([f"{value:.6g}" for value in values])
-    return text.getvalue()
+    points = zip(curve.thresholds, curve.rates, curve.sensitivity, strict=True)
+    rows = [[f"{value:.6g}" for value in values] for values in points]
+    return csv_text(["threshold", "false_positives_per_scan", "sensitivity"], rows)
 
 
 def picture(curve: Froc, ends: np.ndarray) -> bytes:
@@ -148,14 +145,12 @@ def _matched(case: dict[str, Any]) -> ScanHits:
 
 
 def _nodules(cases: dict[str, dict[str, Any]], scans: dict[str, ScanHits]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "probability"])
+    rows = []
     for name, case in cases.items():
         for (x, y, z, diameter), score in zip(case["points"], scans[name].true.tolist(), strict=True):
             told = f"{score:.6f}" if np.isfinite(score) else ""
-            writer.writerow([name, *(f"{n:.3f}" for n in (-x, -y, z, diameter)), told])
-    return text.getvalue()
+            rows.append([name, *(f"{n:.3f}" for n in (-x, -y, z, diameter)), told])
+    return csv_text(["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm", "probability"], rows)
 
 
 def _or_none(value: float) -> float | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from med3d_nets.classifier_ensemble import weights_files
 from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing, set_aside
 from med3d_nets.processes import gather, rank
+from med3d_nets.tables import csv_text
 from med3d_nets.weights import file_sha256
 
 CLASSES = ("benign", "malignant")
@@ -180,10 +179,9 @@ def _cell(score: Mapping[str, Any]) -> str:
 
 
 def _csv(cases: Mapping[str, Mapping[str, Any]], targets: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "patient", "diameter_mm", *(f"p_{t}" for t in targets), *(f"true_{t}" for t in targets)])
+    columns = ["case", "patient", "diameter_mm", *(f"p_{t}" for t in targets), *(f"true_{t}" for t in targets)]
+    rows = []
     for name, case in cases.items():
         probabilities = [f"{value:.6f}" for value in case["probabilities"]]
-        writer.writerow([name, case["patient"], case["diameter"] or "", *probabilities, *case["truth"]])
-    return text.getvalue()
+        rows.append([name, case["patient"], case["diameter"] or "", *probabilities, *case["truth"]])
+    return csv_text(columns, rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +12,14 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 
+from med3d_nets.case_writer import begin, versions
 from med3d_nets.classifier_ensemble import weights_files
 from med3d_nets.contact_sheet import axial_tile, write_contact_sheet
 from med3d_nets.errors import InputError
 from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import replacing, set_aside
+from med3d_nets.files import replacing
 from med3d_nets.processes import gather, rank
-from med3d_nets.results import versions
+from med3d_nets.tables import csv_text
 from med3d_nets.weights import file_sha256
 
 FILES = ("predictions.csv", "contact_sheet.png", "run.json")
@@ -92,15 +91,7 @@ class NoduleTable:
 
     def _start(self, engine: Engine) -> None:
         self._cases = {}
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in FILES if rank() == 0 else ():
-                set_aside(self.output_dir / name)
-        except OSError as error:
-            raise InputError(
-                f"{self.output_dir}: nothing can be written to this output_dir ({error.strerror}). "
-                "Give a folder that can be written."
-            ) from error
+        begin(self.output_dir, FILES)
 
     def _finish(self, engine: Engine) -> None:
         """Gather the cases of all processes and write them."""
@@ -133,13 +124,11 @@ class NoduleTable:
     def _csv(self, cases: Mapping[str, Mapping[str, Any]]) -> str:
         points = any(case["point"] is not None for case in cases.values())
         place = ["seriesuid", "coordX", "coordY", "coordZ"] if points else []
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", *place, *(f"p_{target}" for target in self.targets), "warning"])
+        rows = []
         for name, case in cases.items():
             row: list[Any] = [name]
             if points:
                 x, y, z = case["point"]
                 row += [case["series"], *(f"{value:.3f}" for value in (self.sign * x, self.sign * y, z))]
-            writer.writerow([*row, *(f"{value:.6f}" for value in case["probabilities"]), case["warning"]])
-        return text.getvalue()
+            rows.append([*row, *(f"{value:.6f}" for value in case["probabilities"]), case["warning"]])
+        return csv_text(["case", *place, *(f"p_{target}" for target in self.targets), "warning"], rows)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -12,48 +9,39 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import monai
 import nibabel as nib
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
-from isal import igzip
+from ignite.engine import Engine
 from monai.data import MetaTensor
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
-import med3d_nets
-from med3d_nets.archive import is_finished, origin_of, read_report, summary_row, write_summary
-from med3d_nets.errors import InputError
-from med3d_nets.evaluator import CaseEvents
-from med3d_nets.files import remove_partial, replacing, set_aside
+from med3d_nets.archive import summary_row, write_summary
+from med3d_nets.case_writer import CaseWriter, versions
 from med3d_nets.measures import measure
 from med3d_nets.preview import WINDOW_HU, render_preview
 from med3d_nets.processes import gather_rows, rank
-from med3d_nets.weights import file_sha256
 
-COMPRESSION = 2  # of ISA-L, 0 to 3
 SUMMARY = "summary.csv"
 _USED = ("image", "pred", "pred_probabilities")  # of the engine's output
-_ENDINGS = (".nii.gz", ".json", ".png", "_prob.nii.gz")
+_ENDINGS = (".json", ".nii.gz", ".png", "_prob.nii.gz")
 
 
-class SegmentationWriter:
+class SegmentationWriter(CaseWriter):
     """Handler of CaseEvaluator that writes ``{case}_seg.nii.gz``, ``{case}_seg.json`` and ``{case}_seg.png``.
 
     It expects in the engine's output, after postprocessing, ``pred``: the label map on the input's own grid,
     shape (1, X, Y, Z), and ``image``: the network's input, RAS, shape (1, X', Y', Z'), both MetaTensors. With
     ``pred_probabilities``, (C, X, Y, Z), there is also ``{case}_seg_prob.nii.gz``: the classes along the fourth axis,
     in 256 steps. After several cases there is ``summary.csv`` with a row for each, of several processes for all.
-    No file is ever half written. If a case fails, files of an earlier run under its name get the suffix
-    ``.old``; so does an earlier summary when a run starts.
 
     Args:
-        output_dir: folder for the files, made when the first case starts.
+        output_dir: see CaseWriter.
         labels: name of each label value, for example ``{"1": "left lung", "2": "right lung"}``.
         hu_window: HU that are 0 and 1 in ``image``, for the picture; None where it is not scaled HU.
-        weights: file of the network's weights, whose hash goes into the JSON.
+        weights: see CaseWriter.
         bundle: name and version of the bundle, for the JSON.
         volume_range_ml: plausible volume of all labels together in mL; outside there is a warning. None: any is.
         max_spacing_mm: largest voxel size without a warning.
@@ -62,8 +50,7 @@ class SegmentationWriter:
         suffix: of the files' names.
         extra: what else the JSON tells.
         settings: what else shapes a result, for the JSON.
-        skip_finished: leave a case out whose files are all there and were made from the same image by the same weights,
-            bundle and settings.
+        skip_finished: see CaseWriter.
     """
 
     def __init__(
@@ -82,29 +69,17 @@ class SegmentationWriter:
         settings: Mapping[str, Any] | None = None,
         skip_finished: bool = False,
     ) -> None:
-        self.output_dir = Path(output_dir).expanduser()
         self.labels = {int(value): name for value, name in labels.items()}
         self.hu_window = hu_window
-        self.weights = weights
-        self.bundle = dict(bundle)
         self.volume_range_ml = volume_range_ml
         self.max_spacing_mm = max_spacing_mm
         self.mean_hu = mean_hu
         self.picture_hu = None if hu_window is None else picture_hu
         self.suffix = suffix
         self.extra = dict(extra or {})
-        self.settings = {"labels": {name: value for value, name in self.labels.items()}, **(settings or {})}
-        self.skip_finished = skip_finished
-        self._sha256 = ""
-        self._origin: dict[str, Any] = {}
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to a CaseEvaluator."""
-        engine.add_event_handler(CaseEvents.CASES_STARTED, self._start)
-        engine.add_event_handler(Events.STARTED, self._note_origin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(CaseEvents.CASE_FAILED, self._set_aside)
-        engine.add_event_handler(CaseEvents.ALL_CASES_DONE, self._summarise)
+        shaping = {"labels": {name: value for value, name in self.labels.items()}, **(settings or {})}
+        made_by = {"bundle": dict(bundle), "settings": shaping}
+        super().__init__(output_dir, weights, made_by, [SUMMARY], skip_finished)
 
     def __call__(self, engine: Engine) -> None:
         """Have the files of the current case written."""
@@ -132,7 +107,6 @@ class SegmentationWriter:
             "seconds": seconds,
             **self.extra,
             **measures,
-            "versions": versions(),
         }
         contents: dict[str, nib.Nifti1Image | bytes] = {
             ".nii.gz": written,
@@ -140,53 +114,21 @@ class SegmentationWriter:
         }
         if "pred_probabilities" in output:
             contents["_prob.nii.gz"] = _probabilities(output["pred_probabilities"], affine)
-        self._write(case, report, contents)
+        named = {self._path(case, ending).name: content for ending, content in contents.items()}
+        self._write_files(case, {**report, "versions": versions()}, named)
         volumes = ", ".join(f"{name} {one['volume_ml']:,.0f} mL" for name, one in measures["labels"].items())
         lines = [f"{volumes} -> {self._path(case, '.nii.gz')}", *(f"warning: {one}" for one in measures["warnings"])]
         print("\n".join(f"  {case}: {line}" for line in lines), flush=True)
 
-    def _start(self, engine: Engine) -> None:
-        """Make the folder, tidy it, and leave finished cases out."""
+    def _finish(self, engine: Engine) -> None:
         state: Any = engine.state
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.output_dir}: this output_dir cannot be made ({error.strerror}). "
-                "Give a folder that can be written."
-            ) from error
-        if rank() == 0:
-            set_aside(self.output_dir / SUMMARY)
-        if self.skip_finished:
-            state.skipped |= {one["case"] for one in state.cases if self._is_finished(one)}
-        cases = [one["case"] for one in state.cases if one["case"] not in state.skipped]
-        remove_partial(self.output_dir, {self._path(case, ending).name for case in cases for ending in _ENDINGS})
-
-    def _is_finished(self, case: Mapping[str, Any]) -> bool:
-        report = read_report(self._path(case["case"], ".json"))
-        return report is not None and is_finished(report, self._origin_of(case["image"]), self.output_dir)
-
-    def _note_origin(self, engine: Engine) -> None:
-        """The image as it is when the case begins: if it changes later, its result is not taken for finished."""
-        self._origin = self._origin_of(engine.state.item["image"])  # type: ignore[attr-defined]
-
-    def _origin_of(self, image: str) -> dict[str, Any]:
-        self._sha256 = self._sha256 or file_sha256(self.weights)
-        made_by = {"bundle": self.bundle, "weights_sha256": self._sha256, "settings": self.settings}
-        return origin_of(image, made_by)
-
-    def _set_aside(self, engine: Engine) -> None:
-        """Results of an earlier run must not look like those of the failed one."""
-        for ending in _ENDINGS:
-            set_aside(self._path(engine.state.case, ending))  # type: ignore[attr-defined]
-
-    def _summarise(self, engine: Engine) -> None:
-        """Write the table of all cases of all processes."""
-        state: Any = engine.state
-        mine = [summary_row(one, state, read_report(self._path(one["case"], ".json"))) for one in state.cases]
+        mine = [summary_row(one, state, self._report_of(one["case"])) for one in state.cases]
         rows = gather_rows(mine)
         if rank() == 0 and len(rows) > 1:
             write_summary(self.output_dir / SUMMARY, rows, list(self.labels.values()))
+
+    def _files_of(self, case: str) -> list[Path]:
+        return [self._path(case, ending) for ending in _ENDINGS]
 
     def _path(self, case: str, ending: str) -> Path:
         return self.output_dir / f"{case}_{self.suffix}{ending}"
@@ -219,37 +161,6 @@ class SegmentationWriter:
             measures["warnings"],
             self.picture_hu,
         )
-
-    def _write(self, case: str, report: dict[str, Any], contents: Mapping[str, nib.Nifti1Image | bytes]) -> None:
-        """All files, or none if one cannot be written; the report names the others with their sizes in bytes.
-
-        They are put in place backwards, the mask last: with report and picture beside it, it is known for no input.
-        """
-        sizes = {}
-        with contextlib.ExitStack() as files:
-            for ending, content in contents.items():
-                path = self._path(case, ending)
-                hidden = files.enter_context(replacing(path))
-                if isinstance(content, bytes):
-                    hidden.write_bytes(content)
-                else:
-                    with igzip.open(hidden, "wb", compresslevel=COMPRESSION) as stream:
-                        content.to_stream(stream)
-                sizes[path.name] = hidden.stat().st_size
-            hidden = files.enter_context(replacing(self._path(case, ".json")))
-            hidden.write_bytes(f"{json.dumps({**report, 'files': sizes}, indent=2)}\n".encode())
-            if "_prob.nii.gz" not in contents:
-                set_aside(self._path(case, "_prob.nii.gz"))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    return {
-        "med3d_nets": med3d_nets.__version__,
-        "monai": monai.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _own_affine(image: MetaTensor, pred: MetaTensor) -> NDArray[np.float64]:

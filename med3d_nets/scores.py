@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -18,6 +16,7 @@ from med3d_nets.evaluator import CaseEvents
 from med3d_nets.files import replacing, set_aside
 from med3d_nets.processes import gather, rank
 from med3d_nets.region_scores import METRICS, USUAL, Scores, check, global_dice, score
+from med3d_nets.tables import csv_text
 
 _VOLUMES = ("predicted_ml", "true_ml")
 
@@ -128,13 +127,11 @@ def _summarise(
 
 
 def _csv(cases: Mapping[str, Mapping[str, Scores]], columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "class", *columns])
+    rows = []
     for case, classes in cases.items():
         for name, one in classes.items():
-            writer.writerow([case, name, *("" if math.isnan(one[c]) else f"{one[c]:.5g}" for c in columns)])
-    return text.getvalue()
+            rows.append([case, name, *("" if math.isnan(one[c]) else f"{one[c]:.5g}" for c in columns)])
+    return csv_text(["case", "class", *columns], rows)
 
 
 def _with_null(value: Any) -> Any:

@@ -1,10 +1,12 @@
-"""Tables that a user writes, as CSV."""
+"""Tables as CSV: those of a user are read, ours are written."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from med3d_nets.errors import InputError
 
@@ -49,3 +51,17 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[Row]:
             if not row[name]:
                 raise InputError(f"{path}, line {number}: no {name} in this row ({','.join(row.values())}).")
     return rows
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> str:
+    """Make the text of a CSV table.
+
+    Args:
+        columns: its header.
+        rows: cells in the order of the columns, or by column; what is missing there is left empty.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([row.get(name, "") for name in columns] if isinstance(row, Mapping) else row for row in rows)
+    return text.getvalue()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,13 @@ from monai.bundle import ConfigWorkflow
 from numpy.typing import NDArray
 
 from med3d_nets.resnet import Med3DResNet
+from tests.runner import Runner
 
-BUNDLE = Path(__file__).parents[1] / "bundles" / "med3d_feature_extraction_resnet10"
+_RUNNER = Runner("med3d_feature_extraction_resnet10")
+BUNDLE = _RUNNER.folder
+config = _RUNNER.config
+run = _RUNNER.run
+run_command = _RUNNER.run_command
 SIZE = (24, 22, 20)
 CLASSES = ("smooth", "rough")
 SMALL: dict[str, Any] = {
@@ -29,39 +32,12 @@ SMALL: dict[str, Any] = {
 }
 
 
-def config(name: str) -> str:
-    """Path of one of the bundle's configs."""
-    return str(BUNDLE / "configs" / f"{name}.json")
-
-
-def run(name: str, **override: Any) -> ConfigWorkflow:
-    """Run a config of the bundle in this process, as ``python -m monai.bundle run`` does."""
-    options = {"bundle_root": str(BUNDLE), "device": torch.device("cpu"), **override}
-    workflow = ConfigWorkflow(config(name), logging_file=False, workflow_type=None, **options)
-    hook = sys.excepthook
-    try:
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
-    finally:
-        sys.excepthook = hook
-    return workflow
-
-
 def train(data: Path, out: Path, encoder: Path | str, **override: Any) -> ConfigWorkflow:
     """Run a small training."""
     return run(
         "train",
         **{**SMALL, "dataset_dir": str(data), "output_dir": str(out), "backbone_weights": str(encoder)} | override,
     )
-
-
-def run_command(name: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """``python -m monai.bundle run`` as a process of its own."""
-    words = {"config_file": config(name), "bundle_root": str(BUNDLE), "device": "cpu", **options}
-    pairs = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", *pairs]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def write_encoder(path: Path, depth: int = 10, seed: int = 3) -> Path:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.bundle import ConfigWorkflow
 
-BUNDLE = Path(__file__).parents[1] / "bundles" / "lung_nodule_ct_classification_resnet10"
+from tests.runner import Runner
+
+_RUNNER = Runner("lung_nodule_ct_classification_resnet10")
+BUNDLE = _RUNNER.folder
+run = _RUNNER.run
 COLUMNS = ("patient_id", "nodule_id", "Diagnosis", "Malignancy_value", "diameter_mm")
 
 
@@ -41,18 +42,3 @@ def many_nodules(folder: Path, patients: int = 12) -> Path:
         for number in range(patients)
     ]
     return write_nodules(folder, rows)
-
-
-def run(name: str, **options: Any) -> ConfigWorkflow:
-    """Run a config of the bundle in this process, as ``python -m monai.bundle run`` does."""
-    options = {"bundle_root": str(BUNDLE), "device": torch.device("cpu"), **options}
-    config = str(BUNDLE / "configs" / f"{name}.json")
-    workflow = ConfigWorkflow(config, logging_file=False, workflow_type=None, **options)
-    hook = sys.excepthook
-    try:
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
-    finally:
-        sys.excepthook = hook
-    return workflow

@@ -252,14 +252,14 @@ def test_with_and_without_prefetch_the_results_are_the_same(
     """Files to the byte, and errors of reading and of writing, each told of its own case."""
     scans = archive(tmp_path / "in", "abcde")
     (scans / "b.nii.gz").write_bytes(b"no volume")
-    write = SegmentationWriter._write
+    write = SegmentationWriter._write_files
 
     def full(self: SegmentationWriter, case: str, *args: Any) -> None:
         if case in "ce":
             raise InputError(f"no space for {case}")
         write(self, case, *args)
 
-    monkeypatch.setattr(SegmentationWriter, "_write", full)
+    monkeypatch.setattr(SegmentationWriter, "_write_files", full)
     messages = []
     for name in ("with", "without"):
         (tmp_path / name).mkdir()

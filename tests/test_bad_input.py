@@ -147,7 +147,9 @@ def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     path = write_volume(tmp_path / "x.nii", *small_scan())
     (tmp_path / "out").write_text("mine")
     message = refusal(path, tmp_path / "out", **BY_HU)
-    assert_clear(message, f"{tmp_path / 'out'}: this output_dir cannot be made", "Give a folder that can be written")
+    assert_clear(
+        message, f"{tmp_path / 'out'}: nothing can be written to this output_dir", "Give a folder that can be written"
+    )
     assert names(tmp_path) == {"x.nii", "out"} and (tmp_path / "out").read_text() == "mine"
 
 

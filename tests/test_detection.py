@@ -205,6 +205,24 @@ class TestInferer:
 
         assert DetectionInferer(detector)(image, Never(), torch.zeros_like(image)).shape == (1, 0, 7)
 
+    @pytest.mark.parametrize(("lungs", "kept"), [(19, False), (20, True)], ids=["a mass in the heart", "at the wall"])
+    def test_a_mass_may_have_its_middle_outside_of_the_field(self, net: DetectionNet, lungs: int, kept: bool) -> None:
+        detector = BoxDetector(net)
+        image = torch.zeros(1, 1, 64, 64, 64)
+        field = torch.zeros_like(image)
+        field[:, :, :lungs] = 1  # of a box over voxels 16 to 48
+
+        class Mass(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                anchors, _ = detector.anchors_of(x.shape[2:])
+                output = torch.zeros(1, 7, len(anchors))
+                own = (anchors == torch.tensor([16.0, 16, 16, 48, 48, 48])).all(dim=1)
+                output[0, 0] = torch.where(own, 5.0, -20.0)
+                return output
+
+        found = DetectionInferer(detector, [64, 64, 64])(image, Mass(), field)[0]
+        assert (found[:, :6].tolist() == [[16.0, 16, 16, 48, 48, 48]]) is kept
+
     @pytest.mark.parametrize("wrong", [{"window": [50, 64, 64]}, {"window": "auto"}, {"overlap": 1.0}])
     def test_wrong_arguments(self, net: DetectionNet, wrong: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="allowed"):

@@ -251,7 +251,7 @@ def test_no_space_leaves_nothing_behind(tmp_path: Path, weights: Path, monkeypat
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path, weights: Path) -> None:
     make_ct(tmp_path / "ct.nii.gz", GRIDS["canonical"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file.*cannot be made.*folder that can be written"):
+    with pytest.raises(InputError, match="file.*nothing can be written.*folder that can be written"):
         make_evaluator([tmp_path / "ct.nii.gz"], tmp_path / "file", weights).run()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,15 @@ from monai.bundle import ConfigWorkflow
 
 from med3d_nets import ClassificationNet
 from tests.feature_runs import make_volume, write_labels, write_nifti
+from tests.runner import Runner
 
 __all__ = ["make_volume", "write_labels", "write_nifti"]
 
-BUNDLE = Path(__file__).parents[1] / "bundles" / "volume_classification_resnet10"
+_RUNNER = Runner("volume_classification_resnet10")
+BUNDLE = _RUNNER.folder
+config = _RUNNER.config
+run = _RUNNER.run
+run_command = _RUNNER.run_command
 SMALL: dict[str, Any] = {
     "spacing": [2.0, 2.0, 2.0],
     "input_size": [16, 16, 16],
@@ -26,25 +29,6 @@ SMALL: dict[str, Any] = {
     "num_workers": 0,
     "backbone_weights": "",
 }
-
-
-def config(name: str) -> str:
-    """Path of one of the bundle's configs."""
-    return str(BUNDLE / "configs" / f"{name}.json")
-
-
-def run(name: str, **override: Any) -> ConfigWorkflow:
-    """Run a config of the bundle in this process, as ``python -m monai.bundle run`` does."""
-    options = {"bundle_root": str(BUNDLE), "device": torch.device("cpu"), **override}
-    workflow = ConfigWorkflow(config(name), logging_file=False, workflow_type=None, **options)
-    hook = sys.excepthook
-    try:
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
-    finally:
-        sys.excepthook = hook
-    return workflow
 
 
 def train(data: Path, out: Path, **override: Any) -> ConfigWorkflow:
@@ -55,14 +39,6 @@ def train(data: Path, out: Path, **override: Any) -> ConfigWorkflow:
 def infer(scans: Path, out: Path, weights: Path | str, **override: Any) -> ConfigWorkflow:
     """Run inference."""
     return run("inference", **{"dataset_dir": str(scans), "output_dir": str(out), "weights": str(weights)} | override)
-
-
-def run_command(name: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """``python -m monai.bundle run`` as a process of its own."""
-    words = {"config_file": config(name), "bundle_root": str(BUNDLE), "device": "cpu", **options}
-    pairs = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", *pairs]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def blob_network() -> ClassificationNet:

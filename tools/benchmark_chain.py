@@ -43,7 +43,8 @@ from med3d_nets import (
     accelerate,
     load_network,
 )
-from med3d_nets.results import COMPRESSION, nifti
+from med3d_nets.case_writer import COMPRESSION
+from med3d_nets.results import nifti
 from tools.bundle_run import ROOT, peak_bytes
 
 WAYS = ("stock", "ours", "ours_float32", "reference")

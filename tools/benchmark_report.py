@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
+from med3d_nets.tables import csv_text
 from tools.bundle_run import ROOT
 
 CHAIN_CSV = ROOT / "docs" / "results" / "speed.csv"
@@ -77,13 +77,9 @@ def growth_plot(path: str = str(GROWTH_CSV), to: str = str(GROWTH_CSV.with_suffi
 
 def write_rows(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a CSV file, numbers with five digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
+    lines = [[f"{value:.5g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
     with replacing(path) as hidden:
-        hidden.write_text(text.getvalue(), encoding="utf-8")
+        hidden.write_text(csv_text(list(rows[0]), lines), encoding="utf-8")
 
 
 def read_rows(path: str | Path) -> list[dict[str, str]]:

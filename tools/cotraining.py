@@ -11,7 +11,6 @@ the joint training spends on it, with the same settings and learning-rate schedu
 from __future__ import annotations
 
 import csv
-import io
 import json
 import statistics
 from pathlib import Path
@@ -22,6 +21,7 @@ import fire
 from med3d_nets import read_manifest, sampling_weights, split_domains
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
+from med3d_nets.tables import csv_text
 from tools.bundle_run import ROOT, commit, run_bundle
 
 BUNDLE = ROOT / "bundles" / "med3d_multidomain_segmentation_resnet10"
@@ -82,12 +82,8 @@ def score(data: str, out: str, manifest: str = str(MANIFEST), to: str = str(CSV)
         if domain.held_out_cases():
             for name in ("joint", f"alone_{domain.name}"):
                 rows += _score(Path(out) / name, data, manifest, domain.name)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with replacing(to) as hidden:
-        hidden.write_text(text.getvalue())
+        hidden.write_text(csv_text(COLUMNS, rows), encoding="utf-8")
     print(table(to))
 
 

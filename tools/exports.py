@@ -9,8 +9,6 @@ elements, as a share of the output's largest. TensorRT needs an NVIDIA GPU: wher
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import tempfile
 import warnings
@@ -25,6 +23,7 @@ from torch import nn
 
 from med3d_nets.errors import clear_errors
 from med3d_nets.files import replacing
+from med3d_nets.tables import csv_text
 from med3d_nets.weights import load_network
 from tools.bundle_folder import Bundle
 from tools.bundle_run import ROOT
@@ -46,12 +45,8 @@ def measure(*bundles: str, to: str = str(CSV), page: str = str(PAGE)) -> None:
     """
     folders = [Path(one) for one in bundles] or sorted((ROOT / "bundles").glob("*_resnet10"))
     rows = [row for folder in folders for row in differences(folder)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with replacing(to) as hidden:
-        hidden.write_text(text.getvalue(), encoding="utf-8")
+        hidden.write_text(csv_text(COLUMNS, rows), encoding="utf-8")
     before = Path(page).read_text(encoding="utf-8")
     marks = r"(<!-- exports -->\n).*?(<!-- /exports -->)"
     with replacing(page) as hidden:

@@ -1,7 +1,7 @@
 """Nodules cut out of real CT: read with their masks, and put into other lungs with a border that blends.
 
-A nodule is turned by chance in the axial plane and mirrored, which lungs are too, but never stretched: its size is that
-which its readers measured. Where its mask ends, the host shows through within ``FADE_MM``.
+A nodule is turned by chance in the axial plane and mirrored, which lungs are too. Its size is that which its readers
+measured, unless it is magnified to a mass. Where its mask ends, the host shows through within ``FADE_MM``.
 """
 
 from __future__ import annotations
@@ -85,17 +85,18 @@ def read_crops(data: str | Path) -> tuple[list[Crop], list[Crop]]:
     return train, test
 
 
-def read_nodule(crop: Crop, rng: np.random.Generator) -> Nodule:
+def read_nodule(crop: Crop, rng: np.random.Generator, magnified: float = 1.0) -> Nodule:
     """Read a crop, turn and mirror it by chance, and bring it onto 1 mm.
 
     Args:
         crop: the nodule.
         rng: of turn and mirrors.
+        magnified: how many times as large it becomes.
     """
     image, label = (nib.as_closest_canonical(nib.load(path)) for path in (crop.image, crop.label))
     hu = np.asarray(image.dataobj, dtype=np.float32)
     mask = np.asarray(label.dataobj) > 0
-    step = np.array(image.header.get_zooms()[:3], dtype=float)
+    step = magnified * np.array(image.header.get_zooms()[:3], dtype=float)
     middle = np.argwhere(mask).mean(axis=0)
     reach = np.ptp(np.argwhere(mask) * step, axis=0) / 2 + step
     half = np.ceil(np.hypot(reach[0], reach[1]) + FADE_MM + 2), np.ceil(reach[2] + FADE_MM + 2)
@@ -110,10 +111,16 @@ def read_nodule(crop: Crop, rng: np.random.Generator) -> Nodule:
     outside = ndimage.distance_transform_edt(~inside)
     ramp = np.clip(1 - (outside - 0.5) / FADE_MM, 0, 1)
     weight = (0.5 - 0.5 * np.cos(np.pi * ramp)).astype(np.float32)
-    return Nodule(fine, weight, inside, crop.diameter)
+    return Nodule(fine, weight, inside, magnified * crop.diameter)
 
 
-def insert(hu: Array, spacing: tuple[float, float, float], voxel: NDArray[np.int64], nodule: Nodule) -> None:
+def insert(
+    hu: Array,
+    spacing: tuple[float, float, float],
+    voxel: NDArray[np.int64],
+    nodule: Nodule,
+    within: NDArray[np.bool_] | None = None,
+) -> None:
     """Put a nodule into a scan, in place.
 
     Args:
@@ -121,6 +128,7 @@ def insert(hu: Array, spacing: tuple[float, float, float], voxel: NDArray[np.int
         spacing: mm.
         voxel: index of the nodule's middle.
         nodule: what to put there.
+        within: where the scan may change, same shape; None: anywhere.
     """
     step = np.array(spacing)
     half = (np.array(nodule.hu.shape) - 1) / 2
@@ -133,4 +141,5 @@ def insert(hu: Array, spacing: tuple[float, float, float], voxel: NDArray[np.int
     weight = ndimage.gaussian_filter(nodule.weight, blur)
     part = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     share = ndimage.map_coordinates(weight, place, order=1, mode="constant")
-    hu[part] = hu[part] * (1 - share) + ndimage.map_coordinates(weighted, place, order=1, mode="constant")
+    blended = hu[part] * (1 - share) + ndimage.map_coordinates(weighted, place, order=1, mode="constant")
+    hu[part] = blended if within is None else np.where(within[part], blended, hu[part])

@@ -28,7 +28,8 @@ class Places:
 
     def __init__(self, hu: NDArray[np.float32], lungs: NDArray[np.uint8], spacing: Spacing) -> None:
         self.step = np.array(spacing)
-        self.depth = ndimage.distance_transform_edt(lungs > 0, sampling=spacing)
+        self.lungs = lungs > 0
+        self.depth = ndimage.distance_transform_edt(self.lungs, sampling=spacing)
         inner = mediastinum(lungs)
         self.off = ndimage.distance_transform_edt(~inner, sampling=spacing) if inner.any() else None
         self.air = ndimage.gaussian_filter(hu, [2.0 / s for s in spacing]) < AIRY_HU
@@ -50,6 +51,22 @@ class Places:
         free = (self.depth >= deepest) & self.air
         if self.off is not None:
             free &= self.off >= radius + OFF_MEDIASTINUM_MM
+        return self._draw(free, radius, taken, rng)
+
+    def draw_mass(
+        self, radius: float, taken: Sequence[tuple[NDArray[np.float64], float]], rng: np.random.Generator
+    ) -> NDArray[np.int64] | None:
+        """Draw a place for a mass: with a broad base on the lung's border, its middle inside; see ``draw``."""
+        free = (self.depth >= 0.2 * radius) & (self.depth <= 0.8 * radius) & self.air
+        return self._draw(free, radius, taken, rng)
+
+    def _draw(
+        self,
+        free: NDArray[np.bool_],
+        radius: float,
+        taken: Sequence[tuple[NDArray[np.float64], float]],
+        rng: np.random.Generator,
+    ) -> NDArray[np.int64] | None:
         found = np.flatnonzero(free)
         for _ in range(200 if len(found) else 0):
             voxel = np.array(np.unravel_index(rng.choice(found), free.shape))

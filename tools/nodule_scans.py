@@ -4,7 +4,8 @@
     python -m tools.nodule_scans look DIR/test --png PICTURE_DIR
 
 `make` writes DIR/train and DIR/test, each as LUNA16 is: scans (here NIfTI) named after their series, and
-annotations.csv with seriesuid, coordX, coordY, coordZ (middle in LPS world mm) and diameter_mm. The test folder has
+annotations.csv with seriesuid, coordX, coordY, coordZ (middle in LPS world mm) and diameter_mm. Each scan to train on
+also has a mass at the lung's border, a nodule magnified to 35 to 70 mm, where there is room. The test folder has
 nodules of held-out patients alone, in scans that no training folder has: the chest CT of DATA/chest_ct_dicom with
 its tumour, which is listed in annotations_excluded.csv (finding it is neither right nor wrong), one real crop, and
 phantoms with numbers of their own. DIR/test_real has that chest CT as it is, its tumour as the annotation. What is
@@ -14,7 +15,6 @@ there already is kept.
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
+from med3d_nets.tables import csv_text
 from tools.lung_data import _canonical, _classical_with_mass, read_boxes
 from tools.lung_labels import label_lungs
 from tools.nodule_crops import Crop, insert, read_crops, read_nodule
@@ -39,6 +40,7 @@ COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
 ML_PER_NODULE = 350.0  # of lung; scans have 0 to 20 nodules of 3 mm and more, here more than usual, to train on
 MOST = 8
 LARGEST_MM = 40.0
+MASS_MM, LEAST_OF_MASS_MM = (35.0, 70.0), 12.0  # a mass, and the nodule that it is made of
 FIRST_SEED, FIRST_TEST_SEED = 7000, 7900  # of the phantoms
 Row = tuple[str, float, float, float, float]
 Scan = tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float64], list[Row]]
@@ -76,7 +78,7 @@ def make(data: str, out: str, phantoms: int = 20, copies: int = 5, seed: int = 0
     real = {name: partial(_real, Path(data) / path) for name, path in TRAIN_HOSTS.items()}
     hosts = [Host(name, read, copies) for name, read in real.items()]
     hosts += [Host(f"phantom_{i:03d}", partial(_phantom, FIRST_SEED + i), 1) for i in range(phantoms)]
-    _write(Path(out) / "train", hosts, train, np.random.default_rng((seed, 0)))
+    _write(Path(out) / "train", hosts, train, np.random.default_rng((seed, 0)), np.random.default_rng((seed, 2)))
     held_out = [Host("chest_dicom", partial(_chest, Path(data)), copies)]
     held_out += [Host(name, partial(_real, Path(data) / path), copies) for name, path in TEST_HOSTS.items()]
     held_out += [Host(f"phantom_t{i:02d}", partial(_phantom, FIRST_TEST_SEED + i), 1) for i in range(-(-phantoms // 4))]
@@ -104,8 +106,18 @@ def look(folder: str, png: str) -> None:
         plt.close(figure)
 
 
-def _write(folder: Path, hosts: Sequence[Host], crops: Sequence[Crop], rng: np.random.Generator) -> None:
-    """Fill every host with nodules; the same arguments give the same scans, whatever is there already."""
+def _write(
+    folder: Path,
+    hosts: Sequence[Host],
+    crops: Sequence[Crop],
+    rng: np.random.Generator,
+    of_masses: np.random.Generator | None = None,
+) -> None:
+    """Fill every host with nodules, and with a mass where ``of_masses`` draws them.
+
+    The same arguments give the same scans, whatever is there already.
+    """
+    large = [crop for crop in crops if LEAST_OF_MASS_MM <= crop.diameter <= LARGEST_MM]
     order = _shuffled(crops, rng)
     rows: list[Row] = []
     excluded: list[Row] = []
@@ -117,6 +129,8 @@ def _write(folder: Path, hosts: Sequence[Host], crops: Sequence[Crop], rng: np.r
         for copy in range(host.copies):
             name = f"{host.name}_{copy}" if host.copies > 1 else host.name
             filled, own = _fill(hu, affine, known, places, [next(order) for _ in range(count)], rng)
+            if of_masses is not None:
+                own += _add_mass(filled, affine, own, places, large, of_masses)
             rows += [(name, *row[1:]) for row in own]
             excluded += [(name, *row[1:]) for row in known]
             _save(folder / f"{name}.nii.gz", filled, affine)
@@ -144,8 +158,7 @@ def _fill(
 ) -> tuple[NDArray[np.float32], list[Row]]:
     """A copy of a scan with nodules, and their rows, without the series' name."""
     x, y, z = (float(step) for step in nib.affines.voxel_sizes(affine))
-    inverse = np.linalg.inv(affine)
-    taken = [(nib.affines.apply_affine(inverse, [-row[1], -row[2], row[3]]), row[4] / 2) for row in known]
+    taken = _taken(affine, known)
     filled, rows = hu.copy(), []
     for crop in crops:
         voxel = places.draw(crop.diameter / 2, taken, rng)
@@ -155,6 +168,30 @@ def _fill(
             taken.append((voxel.astype(float), crop.diameter / 2))
             rows.append(("", *_lps(affine, voxel), crop.diameter))
     return filled, rows
+
+
+def _add_mass(
+    hu: NDArray[np.float32],
+    affine: NDArray[np.float64],
+    known: Sequence[Row],
+    places: Places,
+    crops: Sequence[Crop],
+    rng: np.random.Generator,
+) -> list[Row]:
+    """Put a mass into a scan, in place, inside its lungs alone; its row, or none where there is no room."""
+    x, y, z = (float(step) for step in nib.affines.voxel_sizes(affine))
+    crop, diameter = crops[rng.integers(len(crops))], float(rng.uniform(*MASS_MM))
+    voxel = places.draw_mass(diameter / 2, _taken(affine, known), rng)
+    if voxel is None:
+        return []
+    insert(hu, (x, y, z), voxel, read_nodule(crop, rng, diameter / crop.diameter), within=places.lungs)
+    return [("", *_lps(affine, voxel), diameter)]
+
+
+def _taken(affine: NDArray[np.float64], rows: Sequence[Row]) -> list[tuple[NDArray[np.float64], float]]:
+    """Middles in voxels and radii in mm."""
+    inverse = np.linalg.inv(affine)
+    return [(nib.affines.apply_affine(inverse, [-row[1], -row[2], row[3]]), row[4] / 2) for row in rows]
 
 
 def _lps(affine: NDArray[np.float64], voxel: NDArray[np.int64]) -> tuple[float, float, float]:
@@ -202,12 +239,9 @@ def _save(path: Path, hu: NDArray[np.float32], affine: NDArray[np.float64]) -> N
 
 
 def _table(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([name, *(f"{value:.4f}" for value in rest)] for name, *rest in rows)
+    text = csv_text(COLUMNS, [[name, *(f"{value:.4f}" for value in rest)] for name, *rest in rows])
     with replacing(path) as hidden:
-        hidden.write_text(text.getvalue())
+        hidden.write_text(text, encoding="utf-8")
 
 
 def _draw(scan: Any, row: dict[str, str], panels: NDArray) -> None:

@@ -13,7 +13,6 @@ split at one fraction; the held-out patients of the manifest are scored once. Wh
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ import fire
 
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
+from med3d_nets.tables import csv_text
 from tools import transfer_report
 from tools.bundle_run import commit, machine
 from tools.cotraining import EPOCHS, MANIFEST, PATCH, pretrain
@@ -197,13 +197,8 @@ def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[st
 
 def _append(path: str | Path, row: dict[str, Any]) -> None:
     line = {key: f"{value:.5g}" if isinstance(value, float) else str(value) for key, value in row.items()}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(line), lineterminator="\n")
-    writer.writeheader()
-    with _WRITING:
-        writer.writerows([*read(path), line])
-        with replacing(path) as hidden:
-            hidden.write_text(text.getvalue(), encoding="utf-8")
+    with _WRITING, replacing(path) as hidden:
+        hidden.write_text(csv_text(list(line), [*read(path), line]), encoding="utf-8")
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

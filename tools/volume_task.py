@@ -10,8 +10,6 @@ parted.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from med3d_nets.datalist import read_datalist
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from med3d_nets.label_sets import joined
+from med3d_nets.tables import csv_text
 
 PARTS = {1: "anterior", 2: "posterior"}  # label values
 SPLITS = ("test", "training", "training", "validation", "test", "training", "training", "training")  # in turns
@@ -87,13 +86,11 @@ def _volumes(label: str) -> list[float]:
 
 
 def _table(rows: Any) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "label", "patient", "split", *(f"{name}_ml" for name in PARTS.values())])
+    lines = []
     for case, label, patient, split, volumes in rows:
         name = Path(case["image"]).name.removesuffix(".gz").removesuffix(".nii")
-        writer.writerow([name, label, patient, split, *(f"{volume:.3f}" for volume in volumes)])
-    return text.getvalue()
+        lines.append([name, label, patient, split, *(f"{volume:.3f}" for volume in volumes)])
+    return csv_text(["case", "label", "patient", "split", *(f"{name}_ml" for name in PARTS.values())], lines)
 
 
 if __name__ == "__main__":
