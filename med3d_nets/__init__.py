@@ -71,7 +71,7 @@ from med3d_nets.seed_points import nodules_to_classify, wants_features
 from med3d_nets.segmentation import SegmentationNet
 from med3d_nets.switches import is_on
 from med3d_nets.tensorrt_net import with_tensorrt
-from med3d_nets.training import BestModel, Checkpoints, RandomState, latest_checkpoint
+from med3d_nets.training import BestModel, Checkpoints, OneCycle, RandomState, latest_checkpoint
 from med3d_nets.transforms import CheckLabeld, RandMirrord
 from med3d_nets.two_stage_training import RandStagesd, TwoStageLoss, TwoStageTraining
 from med3d_nets.weights import initialise, load_backbone, load_checkpoint, load_network, warn_overlap
@@ -128,6 +128,7 @@ __all__ = [
     "NativeLabelsd",
     "NoduleScores",
     "NoduleTable",
+    "OneCycle",
     "PadAtEndd",
     "PointsToBoxesd",
     "PreciseNorm",

@@ -17,6 +17,7 @@ from ignite import distributed as idist
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
@@ -67,6 +68,16 @@ class RandomState:
             torch.cuda.set_rng_state_all([s.cpu() for s in mine["cuda"]])
         if len(processes) != idist.get_world_size():  # the same cannot go on, but no two may draw alike
             torch.manual_seed(int(torch.randint(2**31, (1,))) + rank)
+
+
+class OneCycle(OneCycleLR):
+    """torch's OneCycleLR whose length is its own, not a checkpoint's, so that a training may go on for longer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over where the cycle is, and not how long it is."""
+        super().load_state_dict(
+            {key: v for key, v in state_dict.items() if key not in ("total_steps", "_schedule_phases")}
+        )
 
 
 class BestModel:

@@ -24,7 +24,7 @@ from med3d_nets import training
 from med3d_nets.errors import InputError
 from med3d_nets.resnet import Med3DResNet
 from med3d_nets.segmentation import SegmentationNet
-from med3d_nets.training import BestModel, latest_checkpoint
+from med3d_nets.training import BestModel, OneCycle, latest_checkpoint
 from tests.small_training import (
     BUNDLE,
     SHAPE,
@@ -404,3 +404,20 @@ def test_evaluation_equals_dice_by_hand(learned: Run, folder: Path) -> None:
         np.mean(by_hand), abs=1e-4
     )
     assert np.mean(by_hand) > 0.5
+
+
+def test_a_cycle_that_goes_on_for_longer() -> None:
+    """Half of it with 10 steps, then up to 20: torch's own ends with an error after 10."""
+
+    def cycle(steps: int) -> OneCycle:
+        return OneCycle(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3), 1e-3, total_steps=steps)
+
+    short, long = cycle(10), cycle(20)
+    for _ in range(10):
+        short.optimizer.step()
+        short.step()
+    long.load_state_dict(short.state_dict())
+    for _ in range(10):
+        long.optimizer.step()
+        long.step()
+    assert long.last_epoch == 20 and long.get_last_lr()[0] < short.get_last_lr()[0] * 1.001
