@@ -2,6 +2,7 @@
 
     python -m tools.nodules folds --data NODULES --out RUNS [--arms scratch,ENCODER] [--max_epochs N …]
     python -m tools.nodules table
+    python -m tools.nodules compare A/predictions.csv B/predictions.csv     of two runs of evaluate.json
 
 Every fold is predicted by the network of the last epoch of a training that saw none of its patients, so that no epoch
 was chosen by them; the patients held out from all folds stay unseen. What is finished is not run again.
@@ -73,6 +74,29 @@ def table(path: str = str(JSON)) -> str:
     return table_of(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
+def compare(a: str, b: str) -> str:
+    """Tell how much better one classifier is than another on the same nodules.
+
+    Args:
+        a: ``predictions.csv`` of ``evaluate.json``.
+        b: that of the other one.
+
+    Returns:
+        A line per target: difference of the AUCs, A over B, with its 95 % interval by bootstrap over patients.
+
+    Raises:
+        InputError: a file is no such table, or they are of other nodules.
+    """
+    one, other = _evaluated(a), _evaluated(b)
+    if one.keys() != other.keys():
+        raise InputError(f"{a} and {b} are of other nodules ({len(one)} and {len(other)}). Evaluate both on the same.")
+    lines = []
+    for index, target in enumerate(TARGETS):
+        value = _difference(_columns(one, index), _columns(other, index))
+        lines.append(f"{target}: AUC {value['value']:+.3f} ({value['ci95'][0]:+.3f} to {value['ci95'][1]:+.3f})")
+    return "\n".join(lines)
+
+
 def table_of(report: Mapping[str, Any]) -> str:
     """Markdown of all folds together, of each fold, and of each arm against scratch."""
     lines = []
@@ -113,6 +137,19 @@ def _joined(cases: Sequence[Mapping[str, Any]], table: Mapping[str, Mapping[str,
     }
 
 
+def _evaluated(path: str) -> Cases:
+    values = [f"{kind}_{target}" for kind in ("p", "true") for target in TARGETS]
+    return {
+        row["case"]: {
+            "fold": 0,
+            "patient": row["patient"],
+            "truth": [int(row[name]) for name in values[len(TARGETS) :]],
+            "probabilities": [float(row[name]) for name in values[: len(TARGETS)]],
+        }
+        for row in read_rows(Path(path), ("case", "patient", *values))
+    }
+
+
 def _scores(predicted: Mapping[str, Cases]) -> dict[str, Any]:
     """Scores of all folds together with intervals, AUC by fold, and differences to scratch over the same resamples."""
     targets = list(TARGETS)
@@ -148,4 +185,4 @@ def _difference(own: Mapping[str, Any], scratch: Mapping[str, Any]) -> dict[str,
 
 if __name__ == "__main__":
     clear_errors()
-    fire.Fire({"folds": folds, "table": table})
+    fire.Fire({"folds": folds, "table": table, "compare": compare})
