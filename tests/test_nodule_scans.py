@@ -13,7 +13,7 @@ from med3d_nets import CheckPointsd, InputError, LoadVolumed, read_luna
 from tools.lung_labels import LEFT, RIGHT
 from tools.nodule_crops import Crop, Nodule, insert, read_crops, read_nodule
 from tools.nodule_places import APART_MM, OFF_MEDIASTINUM_MM, Places, mediastinum
-from tools.nodule_scans import Host, _write
+from tools.nodule_scans import MASS_MM, Host, _write
 
 
 @pytest.fixture
@@ -100,6 +100,22 @@ class TestFolder:
             for x, y, z, diameter in case["points"]:
                 voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(affine), [x, y, z])).astype(int)
                 assert image[(0, *voxel)] > -300 and diameter == 10.0
+
+    def test_a_mass_stays_inside_its_lung(self, crop: Crop, tmp_path: Path) -> None:
+        label = lungs()
+        affine = np.diag([3.0, 3.0, 3.0, 1.0])
+        air = np.where(label > 0, -850, 30).astype(np.float32)
+        hosts = [Host("chest", lambda: (air, label, affine, []), 1)]
+        large = Crop(crop.name, crop.patient, crop.image, crop.label, 14.0)
+        _write(tmp_path / "train", hosts, [large], np.random.default_rng(0), np.random.default_rng(1))
+        (case,) = read_luna(tmp_path / "train")
+        masses = [point for point in case["points"] if point[3] >= MASS_MM[0]]
+        assert len(masses) == 1 and masses[0][3] <= MASS_MM[1]
+        _write(tmp_path / "without", hosts, [large], np.random.default_rng(0))
+        hu, without = (np.asarray(nib.load(tmp_path / name / "chest.nii.gz").dataobj) for name in ("train", "without"))
+        assert label[hu != without].all()
+        voxel = np.rint(np.array(masses[0][:3]) / 3).astype(int)
+        assert hu[tuple(voxel)] > -300 and label[tuple(voxel)]
 
 
 def test_without_the_crops(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ COLUMNS = ["case", "patient", "p_malign", "p_rating_4_5", "true_malign", "true_r
 
 
 def write(path: Path, right: bool, count: int = 20) -> str:
-    """Every second nodule is malignant by the first rule, every fourth by the second; the first is told rightly or not."""
+    """Malignant is every second nodule by one rule, every fourth by the other; the first may be told wrong."""
     rows = []
     for number in range(count):
         malign, rated = number % 2, int(number % 4 == 0)

@@ -130,7 +130,7 @@ def _write(
             name = f"{host.name}_{copy}" if host.copies > 1 else host.name
             filled, own = _fill(hu, affine, known, places, [next(order) for _ in range(count)], rng)
             if of_masses is not None:
-                own += _add_mass(filled, affine, own, places, large, of_masses)
+                own += _add_mass(filled, affine, [*own, *known], places, large, of_masses)
             rows += [(name, *row[1:]) for row in own]
             excluded += [(name, *row[1:]) for row in known]
             _save(folder / f"{name}.nii.gz", filled, affine)
@@ -180,7 +180,7 @@ def _add_mass(
 ) -> list[Row]:
     """Put a mass into a scan, in place, inside its lungs alone; its row, or none where there is no room."""
     x, y, z = (float(step) for step in nib.affines.voxel_sizes(affine))
-    crop, diameter = crops[rng.integers(len(crops))], float(rng.uniform(*MASS_MM))
+    crop, diameter = crops[int(rng.integers(len(crops)))], float(rng.uniform(*MASS_MM))
     voxel = places.draw_mass(diameter / 2, _taken(affine, known), rng)
     if voxel is None:
         return []
