@@ -120,11 +120,19 @@ class WorldBoxesd(MapTransform):
     Args:
         keys: boxes, (n, 7), in voxel indices of the image, with a probability.
         image_key: the network's input, a MetaTensor, whose affine tells where it is.
+        largest_mm: findings with a larger diameter, the mean of the box's edges, are dropped; 0: none.
     """
 
-    def __init__(self, keys: KeysCollection, image_key: str = "image", allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_key: str = "image",
+        largest_mm: float = 0.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.image_key = image_key
+        self.largest_mm = float(largest_mm) or math.inf
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with findings.
@@ -138,7 +146,8 @@ class WorldBoxesd(MapTransform):
             boxes = np.asarray(d[key].cpu(), dtype=np.float64).reshape(-1, 7)
             middle = nib.affines.apply_affine(affine, (boxes[:, :3] + boxes[:, 3:6]) / 2)
             size = (boxes[:, 3:6] - boxes[:, :3]) * nib.affines.voxel_sizes(affine)
-            d[key] = torch.from_numpy(np.concatenate([middle, size, boxes[:, 6:]], axis=1))
+            found = np.concatenate([middle, size, boxes[:, 6:]], axis=1)
+            d[key] = torch.from_numpy(found[size.mean(axis=1) <= self.largest_mm])
         return d
 
 

@@ -164,6 +164,7 @@ def _released(name: str, size: int | None, sha256: str, revision: str = "main", 
 # New weights of a bundle: size and sha256 (the metadata's weights_sha256) change in its line and nowhere else.
 _LIVER_10 = (29_759_205, "30120f5725834ea7f50f37f89c57b7c71a143d7443029dc7edfccb61f5dd0531")
 _LUNG_10 = (29_039_581, "1df0bb6ad001cf31cab4a70bfeef37c972ac80865aacaff4f94cb7213ca52d9e")
+_DETECTION_10 = (29_539_297, "17637304c609b47ad2417187fdb563b9d3d6affc5ddacd3899bdb4f761919822")
 _NODULES_10 = (28_776_471, "037fce918b34437f572dc2cdae0c4b9edf5e08e856793571b674d41d9ccedfb9")
 _REAL8_10 = (29_547_445, "d42b8824dc0c36d7894a5b176894541bade021e1e13bf1ca9a21afa0a940d05e")
 _REAL8_DATA = (
@@ -264,6 +265,25 @@ WEIGHTS: dict[str, Weight] = {
             kind="network",
             data_licence="CC BY 3.0; the encoder's by domain in med3d_multidomain_segmentation's data_license.txt",
             path="bundles/lung_nodule_ct_classification_resnet10/models/model.pt",
+        ),
+        Weight(
+            "lung_nodule_ct_detection_resnet10",
+            10,
+            "B",
+            32,
+            *_DETECTION_10,
+            "Apache-2.0",
+            (
+                "lung nodule CT, crops with masks put into other scans (LIDC-IDRI)",
+                "thorax CT, lungs (TotalSegmentator test data)",
+                "lung CT of one patient at two dates (elastix test data)",
+                "synthetic CT of tools.phantom",
+                *(f"the encoder's: {name}" for name in _REAL8_DATA),
+            ),
+            note="half precision; nodules of 3 to 40 mm, trained on scans with nodules put into them",
+            kind="network",
+            data_licence="CC BY 3.0, Apache-2.0; the encoder's: med3d_multidomain_segmentation's data_license.txt",
+            path="bundles/lung_nodule_ct_detection_resnet10/models/model.pt",
         ),
         Weight(
             "med3d_real8_resnet10",

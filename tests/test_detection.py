@@ -242,6 +242,13 @@ def moved(affine: np.ndarray, by: list[float]) -> np.ndarray:
 
 
 class TestWorld:
+    def test_what_is_too_large_is_dropped(self) -> None:
+        image = MetaTensor(torch.zeros(1, 8, 8, 8), affine=torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0])))
+        boxes = torch.tensor([[0.0, 0, 0, 3, 6, 6, 0.9], [0.0, 0, 0, 4, 6, 6, 0.8]])  # of 6 and 6.7 mm
+        data = {"image": image, "pred": boxes}
+        assert WorldBoxesd("pred", largest_mm=6.0)(data)["pred"][:, 6].tolist() == pytest.approx([0.9])
+        assert len(WorldBoxesd("pred")(data)["pred"]) == 2
+
     @pytest.mark.parametrize(
         "affine",
         [

@@ -191,3 +191,14 @@ class TestEvaluation:
                 weights=str(weights),
             )
         assert f"{table}, line 2: the point (999.0, 0.0, 0.0) mm (LPS) is outside" in reason(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_tumour_of_a_real_chest_is_the_first_finding(real_data: Path, tmp_path: Path) -> None:
+    """With the shipped weights; the middle is that of the boxes in tumour_boxes_voc, LPS mm, the radius their mean."""
+    series = real_data / "chest_ct_dicom" / "series"
+    run("inference", dataset_dir=str(series), output_dir=str(tmp_path), spacing=[1.25] * 3, window=[96, 96, 96])
+    first = json.loads((tmp_path / "series_findings.json").read_text())["findings"][0]
+    assert np.linalg.norm(np.array(first["centre_lps_mm"]) - [40.5, 198.2, -209.0]) < 32.9
+    assert (tmp_path / first["picture"]).is_file()

@@ -78,6 +78,7 @@ def test_every_training_dataset_is_recognised() -> None:
         "lung_ct_segmentation_resnet10",
         "liver_ct_segmentation_resnet10",
         "lung_nodule_ct_classification_resnet10",
+        "lung_nodule_ct_detection_resnet10",
         "med3d_real8_resnet10",
     ):
         for entry in WEIGHTS[name].datasets:

@@ -50,7 +50,13 @@ class TestRegistry:
 
     @pytest.mark.parametrize(
         "name",
-        [OWN, "liver_ct_segmentation_resnet10", "lung_nodule_ct_classification_resnet10", "med3d_real8_resnet10"],
+        [
+            OWN,
+            "liver_ct_segmentation_resnet10",
+            "lung_nodule_ct_classification_resnet10",
+            "lung_nodule_ct_detection_resnet10",
+            "med3d_real8_resnet10",
+        ],
     )
     def test_own_weights_load(self, name: str) -> None:
         record = WEIGHTS[name]
