@@ -144,4 +144,4 @@ def _row(key: str, record: Record, base: str) -> str:
 
 def _scores(scores: Mapping[str, Any]) -> str:
     listed = [f"{escape(name.replace('_', ' '))} <b>{escape(str(value))}</b>" for name, value in scores.items()]
-    return f"<p>Scores: {', '.join(listed)}</p>" if listed else "<p>No scores: it ships no weights of its own.</p>"
+    return f"<p>Scores: {', '.join(listed)}</p>" if listed else "<p>No scores.</p>"
