@@ -168,7 +168,7 @@ class BoxDetector(RetinaNetDetector):
         network: a DetectionNet.
         min_probability: boxes below are dropped.
         nms_threshold: of two boxes of one class that overlap more (IoU), the less probable is dropped.
-        max_boxes: most boxes of an image.
+        max_boxes: most boxes of an image, or of a window of one; ``DetectionInferer`` has its own limit for the whole.
         negatives: anchors of the background that the loss takes for each patch, the hardest ones by chance; more where
             ``positive_fraction`` asks for it.
         positive_fraction: share of the anchors in the loss that may lie on objects.
@@ -181,7 +181,7 @@ class BoxDetector(RetinaNetDetector):
         network: DetectionNet,
         min_probability: float = 0.02,
         nms_threshold: float = 0.2,
-        max_boxes: int = 300,
+        max_boxes: int = 1000,
         negatives: int = 32,
         positive_fraction: float = 0.25,
         pool: float = 20,

@@ -37,13 +37,23 @@ class DetectionInferer(Inferer):
             about as large as the patches of the training.
         overlap: share of a window's edge that it has in common with its neighbour.
         progress: show a bar.
+        spacing: voxel size in mm.
+        largest_mm: boxes with a larger diameter, the mean of their edges, are dropped; 0: none.
+        max_boxes: most boxes of a volume.
 
     Raises:
         InputError: the window or the overlap is none of these.
     """
 
     def __init__(
-        self, detector: BoxDetector, window: Sequence[int] = (96, 96, 96), overlap: float = 0.33, progress: bool = False
+        self,
+        detector: BoxDetector,
+        window: Sequence[int] = (96, 96, 96),
+        overlap: float = 0.33,
+        progress: bool = False,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        largest_mm: float = 0.0,
+        max_boxes: int = 100,
     ) -> None:
         self.detector = detector
         self.window = [int(edge) for edge in window] if not isinstance(window, str) else []
@@ -53,6 +63,9 @@ class DetectionInferer(Inferer):
             raise InputError(f"overlap={overlap}: allowed is 0 to below 0.9.")
         self.overlap = overlap
         self.progress = progress
+        self.spacing = [float(edge) for edge in spacing]
+        self.largest_mm = float(largest_mm) or math.inf
+        self.max_boxes = max_boxes
 
     def __call__(  # type: ignore[override]
         self, inputs: torch.Tensor, network: nn.Module, field: torch.Tensor, *args: Any, **kwargs: Any
@@ -78,11 +91,11 @@ class DetectionInferer(Inferer):
             boxes.append(found)
             scores.append(score)
         box, score = torch.cat(boxes), torch.cat(scores)
-        inside = _in_field(box, mask)
-        box, score = box[inside], score[inside]
-        selector = self.detector.box_selector
-        kept = non_max_suppression(box, score, selector.nms_thresh, selector.detections_per_img)
-        return torch.cat((box[kept], score[kept, None]), dim=1)[None]
+        diameter = ((box[:, 3:] - box[:, :3]) * box.new_tensor(self.spacing)).mean(dim=1)
+        kept = _in_field(box, mask) & (diameter <= self.largest_mm)
+        box, score = box[kept], score[kept]
+        best = non_max_suppression(box, score, self.detector.box_selector.nms_thresh, self.max_boxes)
+        return torch.cat((box[best], score[best, None]), dim=1)[None]
 
     def _places(self, size: Sequence[int]) -> Iterator[tuple[tuple[int, int], ...]]:
         """First and last-but-one voxel of each window along the axes, within the volume."""
@@ -120,19 +133,11 @@ class WorldBoxesd(MapTransform):
     Args:
         keys: boxes, (n, 7), in voxel indices of the image, with a probability.
         image_key: the network's input, a MetaTensor, whose affine tells where it is.
-        largest_mm: findings with a larger diameter, the mean of the box's edges, are dropped; 0: none.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        image_key: str = "image",
-        largest_mm: float = 0.0,
-        allow_missing_keys: bool = False,
-    ) -> None:
+    def __init__(self, keys: KeysCollection, image_key: str = "image", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.image_key = image_key
-        self.largest_mm = float(largest_mm) or math.inf
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with findings.
@@ -146,8 +151,7 @@ class WorldBoxesd(MapTransform):
             boxes = np.asarray(d[key].cpu(), dtype=np.float64).reshape(-1, 7)
             middle = nib.affines.apply_affine(affine, (boxes[:, :3] + boxes[:, 3:6]) / 2)
             size = (boxes[:, 3:6] - boxes[:, :3]) * nib.affines.voxel_sizes(affine)
-            found = np.concatenate([middle, size, boxes[:, 6:]], axis=1)
-            d[key] = torch.from_numpy(found[size.mean(axis=1) <= self.largest_mm])
+            d[key] = torch.from_numpy(np.concatenate([middle, size, boxes[:, 6:]], axis=1))
         return d
 
 

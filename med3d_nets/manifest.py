@@ -14,6 +14,8 @@ Keys of a domain beside ``name`` and ``path``, its folder:
 ``hold_out``         patients that are never trained on: a share (0.2) or a list of names; none by default.
 ``val_patients``     names of the patients for validation; drawn from the rest by default.
 ``patient_pattern``  regular expression whose first group is the patient in a file's name; each case by default.
+``same_patient``     lists of cases that are one patient's where no pattern tells: ``[["scan_1", "scan_2"], …]``; the
+                     patient has the name of the first.
 ``allow_empty``      true where a case without any class is no fault.
 """
 
@@ -32,7 +34,7 @@ from med3d_nets.errors import InputError
 
 _KEYS = {
     *("name", "path", "modality", "classes", "background", "ignore", "weight", "hold_out", "val_patients"),
-    *("patient_pattern", "allow_empty"),
+    *("patient_pattern", "same_patient", "allow_empty"),
 }
 
 
@@ -51,6 +53,7 @@ class Domain:
         hold_out: share or names of the patients that are never trained on.
         val_patients: names of the patients for validation; empty: they are drawn.
         patient_pattern: of the patient in a file's name.
+        same_patient: cases that are one patient's.
         allow_empty: a case without any class is no fault.
         cases: cases of the folder's ``training`` list, as ``read_datalist`` gives them.
     """
@@ -65,6 +68,7 @@ class Domain:
     hold_out: float | tuple[str, ...] = 0.0
     val_patients: tuple[str, ...] = ()
     patient_pattern: str = ""
+    same_patient: tuple[tuple[str, ...], ...] = ()
     allow_empty: bool = False
     cases: tuple[Case, ...] = field(default=(), repr=False)
 
@@ -149,6 +153,7 @@ def _domain(root: Path, entry: dict[str, Any]) -> Domain:
     cases = read_datalist(folder, "training", str(entry.get("patient_pattern", "")))
     if len(cases) < 2:
         raise InputError(f"domain {name}: {folder} has one case; at least 2 are needed. Add cases or leave it out.")
+    same_patient = _join_patients(name, cases, entry.get("same_patient", ()))
     index = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     meaning = _label_values(name, folder, entry, index)
     weight, hold_out = entry.get("weight", 1.0), entry.get("hold_out", 0.0)
@@ -165,11 +170,28 @@ def _domain(root: Path, entry: dict[str, Any]) -> Domain:
         tuple(map(str, hold_out)) if isinstance(hold_out, list) else float(hold_out),
         tuple(map(str, entry.get("val_patients", ()))),
         str(entry.get("patient_pattern", "")),
+        same_patient,
         bool(entry.get("allow_empty", False)),
         tuple(cases),
     )
     domain.training_cases()  # raises where the patients held out do not exist
     return domain
+
+
+def _join_patients(name: str, cases: Sequence[Case], groups: Any) -> tuple[tuple[str, ...], ...]:
+    """Give the cases of a group one patient, in place."""
+    by_name = {case["case"]: case for case in cases}
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, list | tuple) and group for group in groups):
+        raise InputError(f'domain {name}: same_patient={groups!r}; needed are lists of cases, [["scan_1", "scan_2"]].')
+    named = Counter(str(case) for group in groups for case in group)
+    faults = [f"{case} is no case" for case in named if case not in by_name]
+    faults += [f"{case} comes {count} times" for case, count in named.items() if count > 1]
+    if faults:
+        raise InputError(f"domain {name}: same_patient: {'; '.join(faults)}. Name each case as its file, once.")
+    for first, *others in groups:
+        for case in others:
+            by_name[case]["patient"] = by_name[first]["patient"]
+    return tuple(tuple(map(str, group)) for group in groups)
 
 
 Values = tuple[int, ...]

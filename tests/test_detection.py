@@ -223,6 +223,25 @@ class TestInferer:
         found = DetectionInferer(detector, [64, 64, 64])(image, Mass(), field)[0]
         assert (found[:, :6].tolist() == [[16.0, 16, 16, 48, 48, 48]]) is kept
 
+    @pytest.mark.parametrize(("largest_mm", "kept"), [(0, [32.0]), (24, [4.0])])
+    def test_what_is_too_large_takes_no_place(self, net: DetectionNet, largest_mm: float, kept: list[float]) -> None:
+        detector = BoxDetector(net)
+        image = torch.zeros(1, 1, 64, 64, 64)
+
+        class Two(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                anchors, _ = detector.anchors_of(x.shape[2:])
+                output = torch.full((1, 7, len(anchors)), 0.0)
+                output[0, 0] = -20
+                output[0, 0, (anchors == torch.tensor([16.0, 16, 16, 48, 48, 48])).all(dim=1)] = 5.0
+                output[0, 0, (anchors == torch.tensor([50.0, 50, 50, 54, 54, 54])).all(dim=1)] = 4.0
+                return output
+
+        spacing = (0.5, 1.0, 1.0)  # the larger has a diameter of 27 mm, the smaller of 3.3 mm
+        inferer = DetectionInferer(detector, [64, 64, 64], spacing=spacing, largest_mm=largest_mm, max_boxes=1)
+        found = inferer(image, Two(), torch.ones_like(image))[0]
+        assert (found[:, 3] - found[:, 0]).tolist() == kept
+
     @pytest.mark.parametrize("wrong", [{"window": [50, 64, 64]}, {"window": "auto"}, {"overlap": 1.0}])
     def test_wrong_arguments(self, net: DetectionNet, wrong: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="allowed"):
@@ -242,13 +261,6 @@ def moved(affine: np.ndarray, by: list[float]) -> np.ndarray:
 
 
 class TestWorld:
-    def test_what_is_too_large_is_dropped(self) -> None:
-        image = MetaTensor(torch.zeros(1, 8, 8, 8), affine=torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0])))
-        boxes = torch.tensor([[0.0, 0, 0, 3, 6, 6, 0.9], [0.0, 0, 0, 4, 6, 6, 0.8]])  # of 6 and 6.7 mm
-        data = {"image": image, "pred": boxes}
-        assert WorldBoxesd("pred", largest_mm=6.0)(data)["pred"][:, 6].tolist() == pytest.approx([0.9])
-        assert len(WorldBoxesd("pred")(data)["pred"]) == 2
-
     @pytest.mark.parametrize(
         "affine",
         [

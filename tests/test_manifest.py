@@ -81,6 +81,12 @@ def test_classes_are_kept_merged_and_ignored(data: Path) -> None:
     assert dict(domain.classes) == {"far": (2,)} and domain.ignore == (1,)
 
 
+def test_cases_of_one_patient_stay_together(data: Path) -> None:
+    path = write_manifest(data, {"name": "balls", "same_patient": [["case1", "case0"]], "hold_out": ["case1"]})
+    [domain] = read_manifest(path)
+    assert [case["case"] for case in domain.held_out_cases()] == ["case0", "case1"]
+
+
 def test_a_domain_is_left_out(data: Path) -> None:
     assert [domain.name for domain in read_manifest(data / "manifest.json", leave_out="balls")] == ["boxes"]
     assert [domain.name for domain in read_manifest(data / "manifest.json", leave_out=["balls"])] == ["boxes"]
@@ -104,6 +110,9 @@ def test_a_domain_is_left_out(data: Path) -> None:
         ([{"name": "balls", "weight": 0}], "weight=0; needed is a number above 0"),
         ([{"name": "balls", "hold_out": ["case9"]}], "'case9'.* are not in the data"),
         ([{"name": "balls", "hold_out": "many"}], "hold_out='many'"),
+        ([{"name": "balls", "same_patient": [["case0", "case9"]]}], "same_patient: case9 is no case"),
+        ([{"name": "balls", "same_patient": [["case0", "case1"], ["case1"]]}], "same_patient: case1 comes 2 times"),
+        ([{"name": "balls", "same_patient": ["case0"]}], "needed are lists of cases"),
     ],
 )
 def test_faults_of_a_manifest(data: Path, entries: list[dict[str, Any]], message: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ CSV = transfer_report.CSV
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 MODES = {"frozen": 5, "partial": 3, "full": 0}  # stages of the encoder that are not trained
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of the encoder; the search begins in the middle
-TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and a seed that no run has
+TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and the first of the seeds that no run has
 OWN = "med3d_real8"
 
 Item = TypeVar("Item")
@@ -68,6 +69,7 @@ def run(
     arms: str | Sequence[str] = ("scratch", OWN),
     modes: str | Sequence[str] = ("full", "partial", "frozen"),
     seeds: int = 3,
+    tuning_seeds: int = 3,
     leave_out: str | Sequence[str] = (),
     pretrain_epochs: int = EPOCHS,
     pretrain_patch: int = PATCH,
@@ -86,6 +88,7 @@ def run(
         arms: ``scratch``, ``med3d_real8``, names of the registry or paths of encoders.
         modes: ``full``, ``partial`` (stem to layer2 are not trained), ``frozen``; scratch is trained in full alone.
         seeds: number of seeds; each draws its own part of the patients and its own network.
+        tuning_seeds: trainings of each learning rate that is tried; one can win by chance (docs/co-training.md).
         leave_out: domains that the project's own encoders do not see besides the target's, so that several targets
             can share one.
         pretrain_epochs: epochs of 100 batches of its pre-training.
@@ -112,7 +115,9 @@ def run(
     own = dict(zip(hidden, _each(jobs, pretrained, hidden), strict=True))
     encoders = {one: {"scratch": "", OWN: own.get(others[one], "")}.get(one.arm, one.arm) for one in wanted}
     settings = list({(one.target, one.arm, one.mode): one for one in wanted}.values())
-    found = _each(jobs, lambda one: _tuned_rate(one, tasks[one.target], encoders[one], Path(out)), settings)
+    found = _each(
+        jobs, lambda one: _tuned_rate(one, tasks[one.target], encoders[one], Path(out), tuning_seeds), settings
+    )
     rates = {(one.target, one.arm, one.mode): rate for one, rate in zip(settings, found, strict=True)}
 
     def train(one: Run) -> None:
@@ -160,28 +165,34 @@ def _plan(
             yield Run(target, arm, mode, float(fraction), seed)
 
 
-def _tuned_rate(one: Run, task: Task, encoder: str, out: Path) -> float:
-    """The best learning rate of the arm and mode by validation, at one fraction and a seed that no run has.
+def _tuned_rate(one: Run, task: Task, encoder: str, out: Path, seeds: int) -> float:
+    """The best learning rate of the arm and mode by mean validation score, at one fraction and seeds that no run has.
 
     From the middle of the rates, neighbours of the best are tried until none is better.
     """
     path = out / "tuning.csv"
     own = {
-        float(row["learning_rate"]): float(row["validation"])
+        (float(row["learning_rate"]), int(row["seed"])): float(row["validation"])
         for row in read(path)
         if [row[key] for key in ("target", "arm", "mode")] == [one.target, one.arm, one.mode]
     }
-    while True:
-        best = RATES.index(max(own, key=lambda rate: own[rate])) if own else len(RATES) // 2
-        missing = [rate for rate in RATES[max(0, best - 1) : best + 2] if rate not in own]
-        if not missing:
-            return RATES[best]
-        rate = missing[-1]
-        name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}"
-        own[rate] = task.train(name, encoder, MODES[one.mode], TUNED_AT, TUNING_SEED, rate)
-        row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "validation": own[rate]}
-        _append(path, row)
-        task.tidy(name)
+
+    def mean(rate: float) -> float:
+        for seed in range(TUNING_SEED, TUNING_SEED + seeds):
+            if (rate, seed) not in own:
+                name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}-{seed}"
+                score = task.train(name, encoder, MODES[one.mode], TUNED_AT, seed, rate)
+                row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "seed": seed}
+                _append(path, {**row, "validation": score})
+                task.tidy(name)
+                own[rate, seed] = score
+        return statistics.fmean(own[rate, seed] for seed in range(TUNING_SEED, TUNING_SEED + seeds))
+
+    best, before = len(RATES) // 2, None
+    while best != before:
+        before = best
+        best = max(range(max(0, best - 1), min(len(RATES), best + 2)), key=lambda index: mean(RATES[index]))
+    return RATES[best]
 
 
 def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:

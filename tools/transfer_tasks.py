@@ -20,6 +20,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from med3d_nets import read_manifest
+from med3d_nets.class_scores import resampled
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 from med3d_nets.manifest import Domain
@@ -174,6 +175,7 @@ class Segmentation(Task):
             "hold_out": [*self.test, *unused],
             "val_patients": self.val,
             "patient_pattern": source.patient_pattern,
+            "same_patient": source.same_patient,
         }
         _write(folder / "manifest.json", json.dumps({"domains": [entry]}, indent=1))
         return {
@@ -192,10 +194,13 @@ class Segmentation(Task):
         options = {"dataset_dir": self.source.folder.parent, "manifest": test, "domain": self.domain}
         run_bundle(self.bundle, "evaluate", folder / "scores", {**options, "weights": folder / "model.pt"})
         report = json.loads((folder / "scores" / "scores.json").read_text())
-        cases = report["cases"].values()
-        dice = np.array([np.mean([one["dice"] for one in case.values() if one["dice"] is not None]) for case in cases])
+        cases: dict[str, Any] = report["cases"]
+        dice = np.array(
+            [np.mean([one["dice"] for one in case.values() if one["dice"] is not None]) for case in cases.values()]
+        )
+        patients = {case["case"]: case["patient"] for case in self.source.cases}
         surface = [one["surface_dice"]["mean"] for one in report["summary"].values()]
-        draws = np.random.default_rng(0).choice(dice, (1000, len(dice))).mean(axis=1)
+        draws = [dice[drawn].mean() for drawn in resampled([patients[name] for name in cases], 1000)]
         low, high = np.percentile(draws, [2.5, 97.5])
         return "dice", float(dice.mean()), float(low), float(high), float(np.mean(surface))
 
