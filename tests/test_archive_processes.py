@@ -135,12 +135,14 @@ def test_torchrun_restarts_what_was_killed(repetition: int, tmp_path: Path) -> N
     slow = {"network_def": {"_target_": "tests.test_archive_processes.SlowNet", "folder": str(log)}}
     with started(tmp_path, BUNDLE, CONFIGS, restarts=1, **options(scans, out, **slow)) as process:
         wait(process, lambda: len(list(log.glob("*_2"))) == 2 and results("ab") <= names(out))
+        first = {path.name.partition("_")[0] for path in log.iterdir()}
         os.kill(int(sorted(log.glob("*_2"))[0].name.partition("_")[0]), signal.SIGKILL)
         output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, output
-    found = statuses(out)
-    assert found.keys() == set("abcdef") and found["a"] == found["b"] == "skipped"
-    assert set(found.values()) == {"done", "skipped"}  # the machine's load decides how many had been finished
+    # 3, or fewer where the machine's load delays the kill: the restarted processes do what is left, each case once
+    left = [path for path in log.iterdir() if path.name.partition("_")[0] not in first]
+    assert 1 <= len(left) <= 3 and {"a", "b"} <= {case for case, status in statuses(out).items() if status == "skipped"}
+    assert sorted(statuses(out).values()) == ["done"] * len(left) + ["skipped"] * (6 - len(left))
 
 
 def wait(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
