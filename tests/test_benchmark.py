@@ -69,3 +69,4 @@ def test_tables_of_the_docs_are_those_of_the_results() -> None:
     for name in ("README.md", "docs/speed.md"):
         assert benchmark_report.table() in (benchmark_report.ROOT / name).read_text()
     assert transfer_report.table() in (benchmark_report.ROOT / "docs" / "co-training.md").read_text()
+    assert transfer_report.summary() in (benchmark_report.ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from med3d_nets import InputError, Med3DResNet
+from med3d_nets import InputError, Med3DResNet, read_manifest
 from tests.small_domains import write_domain, write_manifest
 from tools import transfer, transfer_report
 from tools.transfer_tasks import Budget, Malignancy, Segmentation, Task, task_of
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def task(target: str, data: Path, out: Path, budget: Budget = BUDGET) -> Task:
-    return task_of(target, str(data), str(data / "manifest.json"), out, budget)
+    return task_of(target, read_manifest(data / "manifest.json"), out, budget)
 
 
 def test_no_patient_is_on_two_sides(data: Path, tmp_path: Path) -> None:
@@ -76,6 +76,12 @@ def test_the_table_of_labels_parts_the_patients(data: Path, tmp_path: Path) -> N
     assert sum(row["split"] == "none" for row in rows) == len(one.pool) - len(one.chosen(0.3, 0))
 
 
+def test_validation_patients_of_the_manifest(data: Path, tmp_path: Path) -> None:
+    write_manifest(data, {"name": "boxes", "hold_out": ["case0"], "val_patients": ["case3", "case1"]})
+    one = task("boxes", data, tmp_path)
+    assert one.val == ["case1", "case3"] and len(one.pool) == 7 and not set(one.val) & set(one.pool)
+
+
 @pytest.mark.slow
 def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": Med3DResNet(10).state_dict()}, tmp_path / "encoder.pt")
@@ -101,8 +107,9 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
         assert float(row["low"]) <= float(row["score"]) <= float(row["high"])
         assert row["metric"] == "dice" and row["budget"] == "2 epochs of 2 batches of 2" and row["commit"]
         assert row["train_cases"] == "4" and row["epochs_to_95"] in ("1", "2")
+    runs = tmp_path / "out" / "runs" / "2_epochs_of_2_batches_of_2"
     weights = [
-        torch.load(tmp_path / "out" / "runs" / f"boxes-med3d_real8-{mode}-0.5-0" / "model_last.pt", weights_only=True)
+        torch.load(runs / f"boxes-med3d_real8-{mode}-0.5-0" / "model_last.pt", weights_only=True)
         for mode in ("full", "frozen")
     ]
     start = torch.load(tmp_path / "encoder.pt", weights_only=True)["state_dict"]["layer4.0.conv1.weight"]
@@ -136,6 +143,8 @@ def test_the_rate_is_searched_uphill(data: Path, tmp_path: Path, monkeypatch: py
         assert sorted({rate for rate, _ in tried}) == [3e-4, 1e-3, 3e-3, 1e-2]
         assert len(tried) == len(set(tried)) == 12
     assert transfer._tuned_rate(one, task("boxes", data, tmp_path), "", tmp_path, seeds=1) == 1e-2
+    transfer._tuned_rate(one, task("boxes", data, tmp_path, Budget(epochs=3)), "", tmp_path, seeds=3)
+    assert len(tried) == 24  # a rate that was found with another budget is not taken
 
 
 def write_rows(path: Path) -> str:
@@ -158,6 +167,15 @@ def test_table(tmp_path: Path) -> None:
     assert lines[3] == "| boxes | 10% | med3d_real8, full | 3 | dice 0.630 | +0.110 (+0.085 to +0.135) | 4.0 |"
 
 
+def test_summary(tmp_path: Path) -> None:
+    lines = transfer_report.summary(write_rows(tmp_path / "a.csv")).splitlines()
+    assert lines[0] == "| target | from | 10% | gain at 10% (95 % interval) | epochs to 95 % |"
+    assert lines[2] == "| boxes (dice) | scratch | 0.520 |  | 10.0 |"
+    assert lines[3] == "| boxes (dice) | med3d_real8 | 0.630 | +0.110 (+0.085 to +0.135) | 4.0 |"
+    other = transfer_report.summary(str(tmp_path / "a.csv"), at=0.5).splitlines()  # a share that was not run
+    assert other[2] == "| boxes (dice) | scratch | 0.520 |  | – |"
+
+
 def test_plot(tmp_path: Path) -> None:
     transfer_report.plot(write_rows(tmp_path / "a.csv"), str(tmp_path / "figures"))
     assert (tmp_path / "figures" / "transfer_boxes.png").read_bytes().startswith(b"\x89PNG")
@@ -165,8 +183,10 @@ def test_plot(tmp_path: Path) -> None:
 
 def test_bad_input(data: Path, tmp_path: Path) -> None:
     where: dict[str, Any] = {"data": str(data), "out": str(tmp_path), "manifest": str(data / "manifest.json")}
-    with pytest.raises(InputError, match=r"target 'liver': not in .* Targets: malignancy, boxes, nodule_ct"):
+    with pytest.raises(InputError, match=r"target 'liver': in no manifest. Targets: malignancy, boxes, nodule_ct"):
         transfer.run(**where, targets="liver", to=str(tmp_path / "a.csv"))
+    with pytest.raises(InputError, match="target 'boxes': both manifests have a domain of this name"):
+        transfer.run(**where, target_manifest=where["manifest"], targets="boxes", to=str(tmp_path / "a.csv"))
     with pytest.raises(InputError, match=r"modes \['half'\]: allowed are frozen, partial, full"):
         transfer.run(**where, modes="half", to=str(tmp_path / "a.csv"))
     with pytest.raises(InputError, match="allowed is above 0 to 1"):

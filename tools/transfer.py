@@ -1,13 +1,15 @@
 """The transfer benchmark: what a pretrained encoder is worth at little data, against the same network from scratch.
 
     python -m tools.transfer run --data DATA --out RUNS [--targets …] [--fractions …] [--arms …] [--modes …]
-    python -m tools.transfer table
-    python -m tools.transfer plot
+    python -m tools.transfer table                the CSV as a Markdown table
+    python -m tools.transfer summary              the README's table
+    python -m tools.transfer plot                 a figure for each target
 
-Targets are the domains of the manifest (segmentation) and `malignancy` (benign or malign nodules of nodule_ct and its
-metadata.csv). Arms are `scratch`, `med3d_real8`, and names or paths of encoders. When a target is one of the eight
-domains, `med3d_real8` is pre-trained anew without it. The learning rate of each arm and mode is tuned on the validation
-split at one fraction; the held-out patients of the manifest are scored once. What is in the CSV is not run again.
+Targets are the domains of the manifest and of `--target_manifest` (segmentation), and `malignancy` (benign or malign
+nodules of nodule_ct and its metadata.csv). Arms are `scratch`, `med3d_real8`, and names or paths of encoders. When a
+target is one of the eight domains, `med3d_real8` is pre-trained anew without it. The learning rate of each arm and mode
+is tuned on the validation split at one fraction; the held-out patients of the manifest are scored once. What is in the
+CSV is not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import csv
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any, TypeVar
 
 import fire
 
+from med3d_nets import read_manifest
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from med3d_nets.tables import csv_text
@@ -38,9 +41,9 @@ FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 MODES = {"frozen": 5, "partial": 3, "full": 0}  # stages of the encoder that are not trained
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of the encoder; the search begins in the middle
 TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and the first of the seeds that no run has
-OWN = "med3d_real8"
+OWN = transfer_report.OWN
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
 _WRITING = Lock()
 
@@ -56,6 +59,11 @@ class Run:
     seed: int
 
     @property
+    def setting(self) -> tuple[str, str, str]:
+        """What has one learning rate."""
+        return self.target, self.arm, self.mode
+
+    @property
     def name(self) -> str:
         """Name of its folder."""
         return f"{self.target}-{Path(self.arm).stem}-{self.mode}-{self.fraction:g}-{self.seed}"
@@ -64,7 +72,7 @@ class Run:
 def run(
     data: str,
     out: str,
-    targets: str | Sequence[str] = ("malignancy", "hippocampus_mr", "lung_ct"),
+    targets: str | Sequence[str] = ("malignancy", "hippocampus_mr"),
     fractions: float | Sequence[float] = FRACTIONS,
     arms: str | Sequence[str] = ("scratch", OWN),
     modes: str | Sequence[str] = ("full", "partial", "frozen"),
@@ -75,6 +83,7 @@ def run(
     pretrain_patch: int = PATCH,
     jobs: int = 1,
     manifest: str = str(MANIFEST),
+    target_manifest: str = "",
     to: str = str(CSV),
     **budget: Any,
 ) -> None:
@@ -83,7 +92,7 @@ def run(
     Args:
         data: folder where the manifest's paths start.
         out: folder for pre-trainings and runs; what is finished there is not repeated.
-        targets: domains of the manifest, or ``malignancy``.
+        targets: domains of the manifests, or ``malignancy``.
         fractions: shares of the training patients.
         arms: ``scratch``, ``med3d_real8``, names of the registry or paths of encoders.
         modes: ``full``, ``partial`` (stem to layer2 are not trained), ``frozen``; scratch is trained in full alone.
@@ -94,50 +103,56 @@ def run(
         pretrain_epochs: epochs of 100 batches of its pre-training.
         pretrain_patch: edge of its patches, in voxels.
         jobs: trainings at a time.
-        manifest: the domains.
+        manifest: the domains of the pre-training.
+        target_manifest: further targets, which no pre-training of this project sees: any Decathlon-style folder.
         to: CSV file.
         budget: fields of ``Budget``, the same for all arms.
 
     Raises:
         InputError: an unknown target, mode or arm, or a training that failed.
     """
-    wanted = list(_plan(_listed(targets), _listed(arms), _listed(modes), _listed(fractions), seeds))
-    limits = Budget(**budget)
-    tasks = {one.target: task_of(one.target, data, manifest, Path(out), limits) for one in wanted}
+    plan = list(_plan(_listed(targets), _listed(arms), _listed(modes), _listed(fractions), seeds))
+    limits, folder = Budget(**budget), Path(out)
+    domains = read_manifest(manifest, data)
+    further = read_manifest(target_manifest, data) if target_manifest else []
+    tasks = {name: task_of(name, [*domains, *further], folder, limits) for name in {one.target for one in plan}}
     done = {_key(row) for row in read(to)}
-    wanted = [one for one in wanted if _key(vars(one)) not in done]
-    others = {one: ",".join(sorted({tasks[one.target].domain, *_listed(leave_out)})) for one in wanted}
+    wanted = [one for one in plan if _key(vars(one)) not in done]
+    own = {one.target for one in wanted if one.arm == OWN}
+    seen = {domain.name for domain in domains}
+    unseen = {name: ",".join(sorted({tasks[name].domain} & seen | {*_listed(leave_out)})) for name in own}
 
     def pretrained(names: str) -> str:
         return pretrain(data, out, manifest, pretrain_epochs, leave_out=names, patch=pretrain_patch)
 
-    hidden = sorted({others[one] for one in wanted if one.arm == OWN})
-    own = dict(zip(hidden, _each(jobs, pretrained, hidden), strict=True))
-    encoders = {one: {"scratch": "", OWN: own.get(others[one], "")}.get(one.arm, one.arm) for one in wanted}
-    settings = list({(one.target, one.arm, one.mode): one for one in wanted}.values())
-    found = _each(
-        jobs, lambda one: _tuned_rate(one, tasks[one.target], encoders[one], Path(out), tuning_seeds), settings
-    )
-    rates = {(one.target, one.arm, one.mode): rate for one, rate in zip(settings, found, strict=True)}
+    made = _each(jobs, pretrained, sorted(set(unseen.values())))
+
+    def encoder(one: Run) -> str:
+        return {"scratch": "", OWN: made.get(unseen.get(one.target, ""), "")}.get(one.arm, one.arm)
+
+    def tuned(setting: tuple[str, str, str]) -> float:
+        one = next(one for one in wanted if one.setting == setting)
+        return _tuned_rate(one, tasks[one.target], encoder(one), folder, tuning_seeds)
+
+    rates = _each(jobs, tuned, list(dict.fromkeys(one.setting for one in wanted)))
 
     def train(one: Run) -> None:
-        rate = rates[one.target, one.arm, one.mode]
+        rate, task = rates[one.setting], tasks[one.target]
         print(f"{one.name}: learning rate {rate:g}", flush=True)
-        task = tasks[one.target]
-        outcome = task.train_and_score(one.name, encoders[one], MODES[one.mode], one.fraction, one.seed, rate)
-        _append(to, {**vars(one), **_row(outcome, rate, limits, encoders[one])})
+        outcome = task.train_and_score(one.name, encoder(one), MODES[one.mode], one.fraction, one.seed, rate)
+        _append(to, {**vars(one), **_row(outcome, rate, limits, encoder(one))})
         task.tidy(one.name)
 
     _each(jobs, train, wanted)
     print(transfer_report.table(to))
 
 
-def _each(jobs: int, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Results of ``work``, with a number of items at a time; the first error ends what has not begun."""
+def _each(jobs: int, work: Callable[[Item], Result], items: Sequence[Item]) -> dict[Item, Result]:
+    """Result of ``work`` for each item, with a number of items at a time; the first error ends what has not begun."""
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(work, item) for item in items]
+        futures = {item: pool.submit(work, item) for item in items}
         try:
-            return [future.result() for future in futures]
+            return {item: future.result() for item, future in futures.items()}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -171,10 +186,11 @@ def _tuned_rate(one: Run, task: Task, encoder: str, out: Path, seeds: int) -> fl
     From the middle of the rates, neighbours of the best are tried until none is better.
     """
     path = out / "tuning.csv"
+    setting = {"target": one.target, "arm": one.arm, "mode": one.mode, "budget": str(task.budget)}
     own = {
         (float(row["learning_rate"]), int(row["seed"])): float(row["validation"])
         for row in read(path)
-        if [row[key] for key in ("target", "arm", "mode")] == [one.target, one.arm, one.mode]
+        if setting.items() <= row.items()
     }
 
     def mean(rate: float) -> float:
@@ -182,8 +198,7 @@ def _tuned_rate(one: Run, task: Task, encoder: str, out: Path, seeds: int) -> fl
             if (rate, seed) not in own:
                 name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}-{seed}"
                 score = task.train(name, encoder, MODES[one.mode], TUNED_AT, seed, rate)
-                row = {"target": one.target, "arm": one.arm, "mode": one.mode, "learning_rate": rate, "seed": seed}
-                _append(path, {**row, "validation": score})
+                _append(path, {**setting, "learning_rate": rate, "seed": seed, "validation": score})
                 task.tidy(name)
                 own[rate, seed] = score
         return statistics.fmean(own[rate, seed] for seed in range(TUNING_SEED, TUNING_SEED + seeds))
@@ -196,13 +211,12 @@ def _tuned_rate(one: Run, task: Task, encoder: str, out: Path, seeds: int) -> fl
 
 
 def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:
-    budget = f"{limits.epochs} epochs of {limits.batches} batches of {limits.batch_size}"
     made = Path(encoder).parent / "made.json"
     pretraining = Path(encoder).name
     if encoder and made.is_file():
         own = json.loads(made.read_text())
         pretraining = f"{own['batches']} batches of patches of {own['patch_size'][0]} voxels, {made.parent.name}"
-    more = {"learning_rate": rate, "budget": budget, "pretraining": pretraining}
+    more = {"learning_rate": rate, "budget": str(limits), "pretraining": pretraining}
     return {**vars(outcome), **more, "commit": commit(), "machine": machine()}
 
 
@@ -225,4 +239,11 @@ def _listed(value: Any) -> list[Any]:
 
 if __name__ == "__main__":
     clear_errors()
-    fire.Fire({"run": run, "table": transfer_report.table, "plot": transfer_report.plot})
+    fire.Fire(
+        {
+            "run": run,
+            "table": transfer_report.table,
+            "summary": transfer_report.summary,
+            "plot": transfer_report.plot,
+        }
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from med3d_nets.files import replacing
 from tools.bundle_run import ROOT
 
 CSV = ROOT / "docs" / "results" / "transfer.csv"
+OWN = "med3d_real8"  # the arm whose encoder this project trains, without the target's domain
 Row = dict[str, str]
 
 
@@ -40,17 +42,50 @@ def table(path: str = str(CSV)) -> str:
     ]
     for target, fraction in sorted({(row["target"], float(row["fraction"])) for row in rows}):
         here = [row for row in rows if row["target"] == target and float(row["fraction"]) == fraction]
-        scratch = {row["seed"]: row for row in here if row["arm"] == "scratch"}
+        scratch = [row for row in here if row["arm"] == "scratch"]
         for arm, mode in sorted(
             {(row["arm"], row["mode"]) for row in here}, key=lambda key: (key[0] != "scratch", key)
         ):
             own = [row for row in here if (row["arm"], row["mode"]) == (arm, mode)]
             score = f"{own[0]['metric']} {_mean(own, 'score'):.3f}"
-            pairs = [(row, scratch[row["seed"]]) for row in own if row["seed"] in scratch]
-            gain = _difference(pairs) if arm != "scratch" else ""
+            gain = _gain(own, scratch) if arm != "scratch" else ""
             epochs = f"{_mean(own, 'epochs_to_95'):.1f}"
             name = f"{Path(arm).stem}, {mode}" if arm != "scratch" else "scratch"
             lines.append(f"| {target} | {fraction:.0%} | {name} | {len(own)} | {score} | {gain} | {epochs} |")
+    return "\n".join(lines)
+
+
+def summary(path: str = str(CSV), arm: str = OWN, at: float = 0.1) -> str:
+    """Make the README's table: scores by share of the training patients, from scratch and from the project's encoder.
+
+    Args:
+        path: CSV of ``transfer run``.
+        arm: the encoder, all of which was trained.
+        at: share for which difference and epochs are shown.
+
+    Returns:
+        Two rows for each target: mean scores, with the number of seeds where it is below three, and the columns of
+        ``table`` for one share.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    rows = [row for row in read_rows(path) if row["mode"] == "full" and row["arm"] in ("scratch", arm)]
+    shares = sorted({float(row["fraction"]) for row in rows})
+    gain_column = f"gain at {at:.0%} (95 % interval)"
+    head = ["target", "from", *(f"{share:.0%}" for share in shares), gain_column, "epochs to 95 %"]
+    lines = [_line(head), "|" + "---|" * len(head)]
+
+    def runs(target: str, start: str, share: float) -> list[Row]:
+        return [row for row in rows if (row["target"], row["arm"], float(row["fraction"])) == (target, start, share)]
+
+    for target, start in itertools.product(sorted({row["target"] for row in rows}), ("scratch", arm)):
+        own, scratch = runs(target, start, at), runs(target, "scratch", at)
+        metric = next(row["metric"] for row in rows if row["target"] == target)
+        cells = [_score(runs(target, start, share)) for share in shares]
+        gain = _gain(own, scratch) if own and start != "scratch" else ""
+        epochs = f"{_mean(own, 'epochs_to_95'):.1f}" if own else "–"
+        lines.append(_line([f"{target} ({metric})", start, *cells, gain, epochs]))
     return "\n".join(lines)
 
 
@@ -101,12 +136,25 @@ def read_rows(path: str) -> list[Row]:
     return rows
 
 
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _mean(rows: Sequence[Row], column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 
 
-def _difference(pairs: Sequence[tuple[Row, Row]]) -> str:
-    gains = [float(one["score"]) - float(other["score"]) for one, other in pairs]
+def _score(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "–"
+    few = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(rows), "")
+    return f"{_mean(rows, 'score'):.3f}{few}"
+
+
+def _gain(rows: Sequence[Row], scratch: Sequence[Row]) -> str:
+    """Mean difference of scores, seed by seed, and its interval."""
+    others = {row["seed"]: float(row["score"]) for row in scratch}
+    gains = [float(row["score"]) - others[row["seed"]] for row in rows if row["seed"] in others]
     if not gains:
         return "no scratch run"
     mean = statistics.fmean(gains)

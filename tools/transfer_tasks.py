@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from med3d_nets import read_manifest
 from med3d_nets.class_scores import resampled
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
@@ -41,7 +40,7 @@ class Budget:
         batches: of an epoch.
         batch_size: cases of a batch.
         norm_batches: batches over which batch norms are estimated before each validation.
-        val_fraction: share of the patients that are not held out, for validation.
+        val_fraction: share of the patients that are not held out, for validation, where the manifest names none.
     """
 
     epochs: int = 20
@@ -49,6 +48,9 @@ class Budget:
     batch_size: int = 4
     norm_batches: int = 10
     val_fraction: float = 0.1
+
+    def __str__(self) -> str:
+        return f"{self.epochs} epochs of {self.batches} batches of {self.batch_size}"
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,14 @@ class Task(ABC):
         self.domain = domain.name
         self.source = domain
         self.out = out
+        self.runs = out / "runs" / str(budget).replace(" ", "_")
         self.budget = budget
         held_out = sorted({case["patient"] for case in domain.held_out_cases()})
         if not held_out:
             raise InputError(f"{domain.name}: the manifest holds no patient out, so nothing unseen can be scored.")
         pool = sorted({case["patient"] for case in domain.training_cases()})
         count = max(1, round(budget.val_fraction * len(pool)))
-        self.test, self.val = held_out, sorted(random.Random(0).sample(pool, count))
+        self.test, self.val = held_out, sorted(domain.val_patients or random.Random(0).sample(pool, count))
         self.pool = [patient for patient in pool if patient not in self.val]
         if not self.pool:
             raise InputError(f"{domain.name}: one patient besides those held out cannot be trained on and validated.")
@@ -109,7 +112,7 @@ class Task(ABC):
 
     def train(self, name: str, encoder: str, frozen: int, fraction: float, seed: int, rate: float) -> float:
         """Train, or take what is finished, and return the best validation score."""
-        folder = self.out / "runs" / name
+        folder = self.runs / name
         if not (folder / "checkpoints" / f"checkpoint_epoch={self.budget.epochs}.pt").is_file():
             resume = any((folder / "checkpoints").glob("checkpoint_epoch=*.pt"))
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +136,7 @@ class Task(ABC):
     def train_and_score(self, name: str, encoder: str, frozen: int, fraction: float, seed: int, rate: float) -> Outcome:
         """Train and score the best network on the patients held out."""
         best = self.train(name, encoder, frozen, fraction, seed, rate)
-        folder = self.out / "runs" / name
+        folder = self.runs / name
         reached = next(i for i, score in enumerate(self._scores(folder), start=1) if score >= 0.95 * best)
         patients = set(self.chosen(fraction, seed))
         cases = sum(case["patient"] in patients for case in self.source.cases)
@@ -141,7 +144,7 @@ class Task(ABC):
 
     def tidy(self, name: str) -> None:
         """Delete the checkpoints of a training whose result is on record: 170 MB each."""
-        shutil.rmtree(self.out / "runs" / name / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.runs / name / "checkpoints", ignore_errors=True)
 
     def _scores(self, folder: Path) -> list[float]:
         """Validation score of each epoch; of a resumed run the last record of an epoch counts."""
@@ -176,6 +179,7 @@ class Segmentation(Task):
             "val_patients": self.val,
             "patient_pattern": source.patient_pattern,
             "same_patient": source.same_patient,
+            "allow_empty": source.allow_empty,
         }
         _write(folder / "manifest.json", json.dumps({"domains": [entry]}, indent=1))
         return {
@@ -195,12 +199,13 @@ class Segmentation(Task):
         run_bundle(self.bundle, "evaluate", folder / "scores", {**options, "weights": folder / "model.pt"})
         report = json.loads((folder / "scores" / "scores.json").read_text())
         cases: dict[str, Any] = report["cases"]
-        dice = np.array(
-            [np.mean([one["dice"] for one in case.values() if one["dice"] is not None]) for case in cases.values()]
-        )
+        found = {name: [one["dice"] for one in classes.values()] for name, classes in cases.items()}
+        found = {name: [value for value in values if value is not None] for name, values in found.items()}
+        scored = [name for name, values in found.items() if values]  # what is neither labelled nor found has no Dice
+        dice = np.array([np.mean(found[name]) for name in scored])
         patients = {case["case"]: case["patient"] for case in self.source.cases}
         surface = [one["surface_dice"]["mean"] for one in report["summary"].values()]
-        draws = [dice[drawn].mean() for drawn in resampled([patients[name] for name in cases], 1000)]
+        draws = [dice[drawn].mean() for drawn in resampled([patients[name] for name in scored], 1000)]
         low, high = np.percentile(draws, [2.5, 97.5])
         return "dice", float(dice.mean()), float(low), float(high), float(np.mean(surface))
 
@@ -251,24 +256,26 @@ class Malignancy(Task):
             return {f"{row['patient_id']}_R_{row['nodule_id']}": row["Diagnosis"] for row in csv.DictReader(file)}
 
 
-def task_of(target: str, data: str, manifest: str, out: Path, budget: Budget) -> Task:
+def task_of(target: str, domains: Sequence[Domain], out: Path, budget: Budget) -> Task:
     """Make the task of a target.
 
     Args:
-        target: a domain of the manifest, or ``malignancy``.
-        data: folder where the manifest's paths start.
-        manifest: the domains.
+        target: name of a domain, or ``malignancy``.
+        domains: those of the manifests.
         out: folder of the runs.
         budget: of every run.
 
     Raises:
-        InputError: no such target.
+        InputError: no such target, two domains of its name, or no patients that it needs.
     """
-    domains = {domain.name: domain for domain in read_manifest(manifest, data)}
     name = NODULES if target == MALIGNANCY else target
-    if name not in domains:
-        raise InputError(f"target {target!r}: not in {manifest}. Targets: {', '.join([MALIGNANCY, *domains])}.")
-    return (Malignancy if target == MALIGNANCY else Segmentation)(domains[name], out, budget)
+    found = [domain for domain in domains if domain.name == name]
+    if not found:
+        names = ", ".join([MALIGNANCY, *(domain.name for domain in domains)])
+        raise InputError(f"target {target!r}: in no manifest. Targets: {names}.")
+    if len(found) > 1:
+        raise InputError(f"target {target!r}: both manifests have a domain of this name. Rename one of them.")
+    return (Malignancy if target == MALIGNANCY else Segmentation)(found[0], out, budget)
 
 
 def _write(path: Path, text: str) -> None:
