@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from med3d_nets.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +50,9 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """Kind of machine: number of cores and architecture."""
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    """Kind of machine: number of cores, architecture, and the GPU where there is one."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}{gpu}"
 
 
 def peak_bytes() -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ MANIFEST = ROOT / "tools" / "manifests" / "real8.json"
 CSV = ROOT / "docs" / "results" / "cotraining_real8.csv"
 
 EPOCHS, BATCHES, PATCH = 50, 100, 64
-SETTINGS = {"flip_prob": 0.5, "num_workers": 1}  # no class of these domains is sided
+WORKERS = max(1, (os.cpu_count() or 1) // 2)  # the samples do not depend on it
+SETTINGS = {"flip_prob": 0.5, "num_workers": WORKERS}  # no class of these domains is sided
 TEMPERATURE = 3.0  # the default of train.json
 COLUMNS = ("run", "domain", "class", "cases", "dice", "dice_worst", "surface_dice", "hd95_mm", "batches", "commit")
 
