@@ -87,7 +87,7 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
     torch.save({"state_dict": Med3DResNet(10).state_dict()}, tmp_path / "encoder.pt")
     left_out: list[str] = []
 
-    def pretrain(*_: Any, leave_out: str, patch: int) -> str:
+    def pretrain(*_: Any, leave_out: str, **__: Any) -> str:
         left_out.append(leave_out)
         return str(tmp_path / "encoder.pt")
 
@@ -138,12 +138,17 @@ def test_the_rate_is_searched_uphill(data: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Task, "train", train)
     one = transfer.Run("boxes", "scratch", "full", 0.1, 0)
+
+    def rate(seeds: int, budget: Budget = BUDGET) -> float:
+        settings = {one.setting: (one, task("boxes", data, tmp_path, budget), "")}
+        return transfer._tuned_rates(settings, tmp_path, seeds, jobs=2)[one.setting]
+
     for _ in range(2):  # the second time from tuning.csv
-        assert transfer._tuned_rate(one, task("boxes", data, tmp_path), "", tmp_path, seeds=3) == 3e-3
+        assert rate(seeds=3) == 3e-3
         assert sorted({rate for rate, _ in tried}) == [3e-4, 1e-3, 3e-3, 1e-2]
         assert len(tried) == len(set(tried)) == 12
-    assert transfer._tuned_rate(one, task("boxes", data, tmp_path), "", tmp_path, seeds=1) == 1e-2
-    transfer._tuned_rate(one, task("boxes", data, tmp_path, Budget(epochs=3)), "", tmp_path, seeds=3)
+    assert rate(seeds=1) == 1e-2
+    rate(seeds=3, budget=Budget(epochs=3))
     assert len(tried) == 24  # a rate that was found with another budget is not taken
 
 

@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ from med3d_nets.files import replacing
 from med3d_nets.tables import csv_text
 from tools import transfer_report
 from tools.bundle_run import commit, machine
-from tools.cotraining import EPOCHS, MANIFEST, PATCH, pretrain
+from tools.cotraining import BATCHES, EPOCHS, MANIFEST, PATCH, pretrain
 from tools.transfer_tasks import Budget, Outcome, Task, task_of
 
 CSV = transfer_report.CSV
@@ -43,6 +44,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of the encoder; the search begins in t
 TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and the first of the seeds that no run has
 OWN = transfer_report.OWN
 
+Setting = tuple[str, str, str]  # target, arm and mode
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
 _WRITING = Lock()
@@ -59,7 +61,7 @@ class Run:
     seed: int
 
     @property
-    def setting(self) -> tuple[str, str, str]:
+    def setting(self) -> Setting:
         """What has one learning rate."""
         return self.target, self.arm, self.mode
 
@@ -80,6 +82,7 @@ def run(
     tuning_seeds: int = 3,
     leave_out: str | Sequence[str] = (),
     pretrain_epochs: int = EPOCHS,
+    pretrain_batches: int = BATCHES,
     pretrain_patch: int = PATCH,
     jobs: int = 1,
     manifest: str = str(MANIFEST),
@@ -100,7 +103,8 @@ def run(
         tuning_seeds: trainings of each learning rate that is tried; one can win by chance (docs/co-training.md).
         leave_out: domains that the project's own encoders do not see besides the target's, so that several targets
             can share one.
-        pretrain_epochs: epochs of 100 batches of its pre-training.
+        pretrain_epochs: epochs of its pre-training.
+        pretrain_batches: batches of such an epoch.
         pretrain_patch: edge of its patches, in voxels.
         jobs: trainings at a time.
         manifest: the domains of the pre-training.
@@ -123,18 +127,16 @@ def run(
     unseen = {name: ",".join(sorted({tasks[name].domain} & seen | {*_listed(leave_out)})) for name in own}
 
     def pretrained(names: str) -> str:
-        return pretrain(data, out, manifest, pretrain_epochs, leave_out=names, patch=pretrain_patch)
+        budget_of_it = {"epochs": pretrain_epochs, "batches": pretrain_batches, "patch": pretrain_patch}
+        return pretrain(data, out, manifest, leave_out=names, **budget_of_it)
 
     made = _each(jobs, pretrained, sorted(set(unseen.values())))
 
     def encoder(one: Run) -> str:
         return {"scratch": "", OWN: made.get(unseen.get(one.target, ""), "")}.get(one.arm, one.arm)
 
-    def tuned(setting: tuple[str, str, str]) -> float:
-        one = next(one for one in wanted if one.setting == setting)
-        return _tuned_rate(one, tasks[one.target], encoder(one), folder, tuning_seeds)
-
-    rates = _each(jobs, tuned, list(dict.fromkeys(one.setting for one in wanted)))
+    settings = {one.setting: (one, tasks[one.target], encoder(one)) for one in wanted}
+    rates = _tuned_rates(settings, folder, tuning_seeds, jobs)
 
     def train(one: Run) -> None:
         rate, task = rates[one.setting], tasks[one.target]
@@ -180,34 +182,43 @@ def _plan(
             yield Run(target, arm, mode, float(fraction), seed)
 
 
-def _tuned_rate(one: Run, task: Task, encoder: str, out: Path, seeds: int) -> float:
-    """The best learning rate of the arm and mode by mean validation score, at one fraction and seeds that no run has.
+def _tuned_rates(
+    settings: dict[Setting, tuple[Run, Task, str]], out: Path, seeds: int, jobs: int
+) -> dict[Setting, float]:
+    """The best learning rate of each arm and mode by mean validation score, at one fraction and seeds that no run has.
 
-    From the middle of the rates, neighbours of the best are tried until none is better.
+    From the middle of the rates, neighbours of the best are tried until none is better; what a round lacks is trained
+    ``jobs`` at a time.
     """
-    path = out / "tuning.csv"
-    setting = {"target": one.target, "arm": one.arm, "mode": one.mode, "budget": str(task.budget)}
-    own = {
-        (float(row["learning_rate"]), int(row["seed"])): float(row["validation"])
+    path, draws = out / "tuning.csv", range(TUNING_SEED, TUNING_SEED + seeds)
+    scores = {
+        (setting, float(row["learning_rate"]), int(row["seed"])): float(row["validation"])
+        for setting, (_, task, _) in settings.items()
         for row in read(path)
-        if setting.items() <= row.items()
+        if (row["target"], row["arm"], row["mode"], row["budget"]) == (*setting, str(task.budget))
     }
 
-    def mean(rate: float) -> float:
-        for seed in range(TUNING_SEED, TUNING_SEED + seeds):
-            if (rate, seed) not in own:
-                name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}-{seed}"
-                score = task.train(name, encoder, MODES[one.mode], TUNED_AT, seed, rate)
-                _append(path, {**setting, "learning_rate": rate, "seed": seed, "validation": score})
-                task.tidy(name)
-                own[rate, seed] = score
-        return statistics.fmean(own[rate, seed] for seed in range(TUNING_SEED, TUNING_SEED + seeds))
+    def train(key: tuple[Setting, float, int]) -> None:
+        setting, rate, seed = key
+        one, task, encoder = settings[setting]
+        name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}-{seed}"
+        scores[key] = task.train(name, encoder, MODES[one.mode], TUNED_AT, seed, rate)
+        known = {"target": one.target, "arm": one.arm, "mode": one.mode, "budget": str(task.budget)}
+        _append(path, {**known, "learning_rate": rate, "seed": seed, "validation": scores[key]})
+        task.tidy(name)
 
-    best, before = len(RATES) // 2, None
+    def mean(setting: Setting, rate: float) -> float:
+        return statistics.fmean(scores[setting, rate, seed] for seed in draws)
+
+    best, before = dict.fromkeys(settings, len(RATES) // 2), dict.fromkeys(settings, -1)
     while best != before:
         before = best
-        best = max(range(max(0, best - 1), min(len(RATES), best + 2)), key=lambda index: mean(RATES[index]))
-    return RATES[best]
+        near = {setting: RATES[max(0, index - 1) : index + 2] for setting, index in best.items()}
+        keys = itertools.chain(*(itertools.product([setting], near[setting], draws) for setting in near))
+        _each(jobs, train, [key for key in keys if key not in scores])
+
+        best = {setting: RATES.index(max(near[setting], key=partial(mean, setting))) for setting in near}
+    return {setting: RATES[index] for setting, index in best.items()}
 
 
 def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:
