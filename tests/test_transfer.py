@@ -152,6 +152,15 @@ def test_the_rate_is_searched_uphill(data: Path, tmp_path: Path, monkeypatch: py
     assert len(tried) == 24  # a rate that was found with another budget is not taken
 
 
+def test_budgets_are_not_mixed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Task, "train", lambda *_: pytest.fail("nothing is trained"))
+    rows = tmp_path / "rows.csv"
+    rows.write_text("target,arm,mode,fraction,seed,budget\nboxes,scratch,full,1,7,20 epochs of 25 batches of 4\n")
+    where: dict[str, Any] = {"data": str(data), "out": str(tmp_path), "manifest": str(data / "manifest.json")}
+    with pytest.raises(InputError, match="20 epochs of 25 batches of 4, now 20 epochs of 25 batches of 2 is asked for"):
+        transfer.run(**where, to=str(rows), targets="boxes", batch_size=2)
+
+
 def write_rows(path: Path) -> str:
     columns = ["target", "arm", "mode", "fraction", "seed", "metric", "score", "epochs_to_95"]
     scores = {"scratch": (0.50, 0.52, 0.54), "med3d_real8": (0.60, 0.63, 0.66)}

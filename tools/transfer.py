@@ -113,15 +113,14 @@ def run(
         budget: fields of ``Budget``, the same for all arms.
 
     Raises:
-        InputError: an unknown target, mode or arm, or a training that failed.
+        InputError: an unknown target, mode or arm, rows of the target with another budget, or a training that failed.
     """
     plan = list(_plan(_listed(targets), _listed(arms), _listed(modes), _listed(fractions), seeds))
     limits, folder = Budget(**budget), Path(out)
     domains = read_manifest(manifest, data)
     further = read_manifest(target_manifest, data) if target_manifest else []
     tasks = {name: task_of(name, [*domains, *further], folder, limits) for name in {one.target for one in plan}}
-    done = {_key(row) for row in read(to)}
-    wanted = [one for one in plan if _key(vars(one)) not in done]
+    wanted = _not_done(plan, read(to), limits, to)
     own = {one.target for one in wanted if one.arm == OWN}
     seen = {domain.name for domain in domains}
     unseen = {name: ",".join(sorted({tasks[name].domain} & seen | {*_listed(leave_out)})) for name in own}
@@ -180,6 +179,18 @@ def _plan(
     for target, seed, fraction, mode, arm in itertools.product(targets, range(seeds), fractions, modes, arms):
         if arm != "scratch" or mode == "full":
             yield Run(target, arm, mode, float(fraction), seed)
+
+
+def _not_done(plan: Sequence[Run], rows: Sequence[dict[str, str]], limits: Budget, path: str) -> list[Run]:
+    """What the CSV lacks; rows of a target are compared with each other, so that all must have one budget."""
+    other = {row["budget"] for row in rows if row["target"] in {one.target for one in plan}} - {str(limits)}
+    if other:
+        raise InputError(
+            f"{path}: has rows of these targets with {' and '.join(sorted(other))}, now {limits} is asked for, and "
+            "they would be compared. Give another file (--to) or delete those rows."
+        )
+    done = {_key(row) for row in rows}
+    return [one for one in plan if _key(vars(one)) not in done]
 
 
 def _tuned_rates(
