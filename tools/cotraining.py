@@ -96,8 +96,7 @@ def table(path: str = str(CSV)) -> str:
         path: the CSV.
 
     Returns:
-        One row per domain: mean Dice over cases and classes, jointly trained and alone, and the number of cases alone
-        where it is another.
+        One row per domain: mean Dice over cases and classes, jointly trained and alone.
     """
     with open(path, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -108,9 +107,8 @@ def table(path: str = str(CSV)) -> str:
             [row for row in rows if row["domain"] == domain and row["run"].startswith(kind)]
             for kind in ("joint", "alone")
         )
-        other = f" ({alone[0]['cases']} cases)" if alone[0]["cases"] != joint[0]["cases"] else ""
         means = [
-            f"{statistics.fmean(float(row[column]) for row in kind):.3f}{other if kind is alone else ''}"
+            f"{statistics.fmean(float(row[column]) for row in kind):.3f}"
             for column in ("dice", "surface_dice")
             for kind in (joint, alone)
         ]
