@@ -8,6 +8,7 @@ from __future__ import annotations
 from med3d_nets.acceleration import accelerate
 from med3d_nets.annotation import ServedInferer, UpdateModel, chosen, in_monai_label, refuse_monai_label
 from med3d_nets.auxiliary_training import AuxiliaryLoss, AuxiliaryTraining, known_columns, with_auxiliary
+from med3d_nets.caching import cached_dataset
 from med3d_nets.class_scores import ClassScores
 from med3d_nets.classification import ClassificationNet, FeatureScale, class_loss, parameter_groups
 from med3d_nets.classifier_ensemble import ClassifierEnsemble, calibrate, load_ensemble, weights_files
@@ -150,6 +151,7 @@ __all__ = [
     "WorldBoxesd",
     "__version__",
     "accelerate",
+    "cached_dataset",
     "calibrate",
     "cases_to_classify",
     "cases_to_score",

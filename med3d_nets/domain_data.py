@@ -68,7 +68,8 @@ def with_settings(
             choice). False where one batch mixes domains.
 
     Returns:
-        The cases with ``spacing``, ``patch_size`` and what ``ClassIndexd`` needs.
+        The cases with ``spacing``, ``patch_size``, what ``ClassIndexd`` needs, and ``fingerprint``, which changes with
+        the domain's files.
     """
     by_name = {domain.name: domain for domain in domains}
     step = 2 * _STRIDE
@@ -79,7 +80,7 @@ def with_settings(
             min(int(most), step * math.ceil(size / step)) if fit_patch else int(most)
             for most, size in zip(patch_size, fingerprint["size_voxels"], strict=True)
         ]
-        settings = {"spacing": fingerprint["spacing_mm"], "patch_size": fitted}
+        settings = {"spacing": fingerprint["spacing_mm"], "patch_size": fitted, "fingerprint": fingerprint["key"]}
         result.append({**case, **label_values(domain), **settings})
     return result
 
@@ -116,7 +117,9 @@ def _held_out(manifest: str | Path, dataset_dir: str | Path, name: str) -> list[
     return cases
 
 
-def sampling_weights(cases: Sequence[Case], domains: Sequence[Domain], temperature: float = 1.0) -> dict[str, float]:
+def sampling_weights(
+    cases: Sequence[Case], domains: Sequence[Domain], temperature: float | str = 1.0
+) -> dict[str, float]:
     """Share of each domain in the batches: its weight times (number of cases) ^ (1 / temperature) (project choice).
 
     Args:
@@ -126,9 +129,14 @@ def sampling_weights(cases: Sequence[Case], domains: Sequence[Domain], temperatu
 
     Returns:
         Shares by domain; they add up to 1.
+
+    Raises:
+        InputError: the temperature is not above 0.
     """
+    if not float(temperature) > 0:
+        raise InputError(f"temperature={temperature}: allowed is above 0; inf draws every domain equally often.")
     counts = {domain.name: sum(case["domain"] == domain.name for case in cases) for domain in domains}
-    raw = {domain.name: domain.weight * counts[domain.name] ** (1.0 / temperature) for domain in domains}
+    raw = {domain.name: domain.weight * counts[domain.name] ** (1.0 / float(temperature)) for domain in domains}
     return {name: value / sum(raw.values()) for name, value in raw.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from ignite import distributed as idist
 from ignite.engine import Engine, Events
 
+from med3d_nets.datalist import Case
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 from med3d_nets.fingerprint import Fingerprint
 from med3d_nets.manifest import Domain
 
 NAME = "domains.json"
+_CLIP_PERCENTILES = (0.5, 99.5)  # of records that do not tell theirs
 
 
 class DomainRecord:
@@ -25,7 +28,9 @@ class DomainRecord:
         path: file to write.
         domains: the domains of the training.
         fingerprints: their fingerprints.
-        resume: the training goes on, so that the domains must be those of the record that is there.
+        split: cases for training and for validation, each with its ``domain``.
+        clip_percentiles: where the intensities of each volume are clipped.
+        resume: the training goes on, so that all of this must be as in the record that is there.
     """
 
     def __init__(
@@ -33,10 +38,16 @@ class DomainRecord:
         path: str | Path,
         domains: Sequence[Domain],
         fingerprints: Mapping[str, Fingerprint],
+        split: tuple[Sequence[Case], Sequence[Case]],
+        clip_percentiles: Sequence[float] = _CLIP_PERCENTILES,
         resume: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.records = {domain.name: domain_record(domain, fingerprints[domain.name]) for domain in domains}
+        more = {"clip_percentiles": list(clip_percentiles)}
+        self.records = {
+            domain.name: {**domain_record(domain, fingerprints[domain.name]), **more, "split": _digest(domain, split)}
+            for domain in domains
+        }
         self.resume = resume
 
     def attach(self, engine: Engine) -> None:
@@ -47,12 +58,12 @@ class DomainRecord:
         """Write, in the first process.
 
         Raises:
-            InputError: the training that goes on has other domains, classes or spacings.
+            InputError: the training that goes on has other domains, classes, spacings, percentiles or patients.
         """
         if self.resume and read_domains(self.path.with_name("model.pt")) != self.records:
             raise InputError(
-                f"{self.path}: the training that was begun has other domains, classes or spacings than the manifest "
-                "now. Resume with the same manifest, or give another output_dir."
+                f"{self.path}: the training that was begun has other domains, classes, spacings, clip_percentiles or "
+                "patients for training and validation. Resume with the same settings, or give another output_dir."
             )
         if idist.get_rank() == 0:
             with replacing(self.path) as hidden:
@@ -71,6 +82,12 @@ def domain_record(domain: Domain, fingerprint: Fingerprint) -> dict[str, Any]:
         "spacing": list(fingerprint["spacing_mm"]),
         **label_values(domain),
     }
+
+
+def _digest(domain: Domain, split: tuple[Sequence[Case], Sequence[Case]]) -> str:
+    """Changes with the domain's cases for training and for validation, of which the record need not tell the names."""
+    own = [sorted(case["case"] for case in part if case["domain"] == domain.name) for part in split]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
 
 
 def label_values(domain: Domain) -> dict[str, list[Any]]:
@@ -115,7 +132,7 @@ def pick_domain(records: Mapping[str, dict[str, Any]], name: str) -> dict[str, A
         name: of the domain; may be empty where there is only one.
 
     Returns:
-        Its record, with its ``name``.
+        Its record, with its ``name`` and ``clip_percentiles``.
 
     Raises:
         InputError: there is no such domain; says which there are.
@@ -126,4 +143,4 @@ def pick_domain(records: Mapping[str, dict[str, Any]], name: str) -> dict[str, A
         known = "\n".join(f"  {one}: {', '.join(r['classes'])} ({r['modality']})" for one, r in records.items())
         found = f"domain={name!r} is not known" if name else "no domain is given"
         raise InputError(f"{found}. Pick a branch with --domain NAME, one of\n{known}")
-    return {"name": name, **records[name]}
+    return {"name": name, "clip_percentiles": list(_CLIP_PERCENTILES), **records[name]}

@@ -184,8 +184,10 @@ def free_memory(device: torch.device) -> float:
     free = float(psutil.virtual_memory().available)
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, float(limit) - float(used))
-    except (OSError, ValueError):
+        kinds = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        kept = float(kinds["inactive_file"])  # of files that were read, given back when memory is needed
+        return free if limit == "max" else min(free, float(limit) - float(used) + kept)
+    except (OSError, ValueError, KeyError):
         return free
 
 

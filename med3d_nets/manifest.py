@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from med3d_nets.datalist import Case, read_datalist, split_by_patient
 from med3d_nets.errors import InputError
 
@@ -103,8 +105,8 @@ def read_manifest(path: str | Path, root: str | Path = "", leave_out: str | Sequ
         The domains in the manifest's order.
 
     Raises:
-        InputError: lists every fault: keys, names that come twice, folders without ``dataset.json``, fewer than two
-            cases, label values of which it is not told what they are.
+        InputError: lists every fault: keys, names that come twice, folders without ``dataset.json`` (those of LiTS
+            need none, but ``classes``), fewer than two cases, label values of which it is not told what they are.
     """
     path = Path(path)
     entries = _entries(path)
@@ -146,6 +148,8 @@ def _domain(root: Path, entry: dict[str, Any]) -> Domain:
     name = entry.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise InputError(f"domain {name!r}: a name starts with a letter and has letters, digits, _ and - alone.")
+    if hasattr(nn.ModuleDict(), name):  # it holds the branches
+        raise InputError(f"domain {name!r}: torch keeps this name for itself. Give another, {name}_ct for example.")
     unknown = sorted(set(entry) - _KEYS)
     if unknown:
         raise InputError(f"domain {name}: unknown keys {', '.join(unknown)}; allowed are {', '.join(sorted(_KEYS))}.")
@@ -154,28 +158,47 @@ def _domain(root: Path, entry: dict[str, Any]) -> Domain:
     if len(cases) < 2:
         raise InputError(f"domain {name}: {folder} has one case; at least 2 are needed. Add cases or leave it out.")
     same_patient = _join_patients(name, cases, entry.get("same_patient", ()))
-    index = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    path = folder / "dataset.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # LiTS has none
     meaning = _label_values(name, folder, entry, index)
-    weight, hold_out = entry.get("weight", 1.0), entry.get("hold_out", 0.0)
+    weight, given = entry.get("weight", 1.0), entry.get("hold_out", 0.0)
     if not isinstance(weight, int | float) or not weight > 0:
         raise InputError(f"domain {name}: weight={weight!r}; needed is a number above 0. To drop a domain: leave_out.")
-    if not isinstance(hold_out, int | float | list):
-        raise InputError(f"domain {name}: hold_out={hold_out!r}; needed is a share such as 0.2, or a list of patients.")
     domain = Domain(
         name,
         folder,
-        str(entry.get("modality") or "/".join(map(str, (index.get("modality") or {}).values())) or "unknown"),
+        str(entry.get("modality") or _joined(index.get("modality"))),
         *meaning,
         float(weight),
-        tuple(map(str, hold_out)) if isinstance(hold_out, list) else float(hold_out),
+        _hold_out(name, given, cases),
         tuple(map(str, entry.get("val_patients", ()))),
         str(entry.get("patient_pattern", "")),
         same_patient,
         bool(entry.get("allow_empty", False)),
         tuple(cases),
     )
-    domain.training_cases()  # raises where the patients held out do not exist
+    try:
+        domain.training_cases()
+    except InputError as error:
+        raise InputError(f"domain {name}: hold_out={given!r} leaves no patient to train on. Hold fewer out.") from error
     return domain
+
+
+def _joined(modality: Any) -> str:
+    """``{"0": "CT"}`` of the Decathlon, or plain text."""
+    return "/".join(map(str, modality.values() if isinstance(modality, dict) else [modality or ""])) or "unknown"
+
+
+def _hold_out(name: str, given: Any, cases: Sequence[Case]) -> float | tuple[str, ...]:
+    patients = sorted({case["patient"] for case in cases})
+    if isinstance(given, list):
+        unknown = sorted(set(map(str, given)) - set(patients))
+        if unknown:
+            raise InputError(f"domain {name}: hold_out {unknown} are not in the data. Patients: {', '.join(patients)}.")
+        return tuple(map(str, given))
+    if not isinstance(given, int | float) or not 0 <= given < 1:
+        raise InputError(f"domain {name}: hold_out={given!r}; needed is a share, 0 to below 1, or a list of patients.")
+    return float(given)
 
 
 def _join_patients(name: str, cases: Sequence[Case], groups: Any) -> tuple[tuple[str, ...], ...]:
@@ -201,7 +224,13 @@ def _label_values(
     name: str, folder: Path, entry: Mapping[str, Any], index: Mapping[str, Any]
 ) -> tuple[dict[str, Values], Values, Values]:
     """Classes, background and ignored values of a domain."""
-    declared = {int(value): str(label) for value, label in (index.get("labels") or {}).items() if int(value)}
+    labels = index.get("labels") or {}
+    try:
+        declared = {int(value): str(label) for value, label in labels.items() if int(value)}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f'domain {name}: {folder}/dataset.json: labels are {labels!r}; needed are names by value, {{"1": "liver"}}.'
+        ) from None
     background, ignore = _values(entry.get("background", ())), _values(entry.get("ignore", ()))
     left = {label: value for value, label in declared.items() if value not in (*background, *ignore)}
     given = entry.get("classes") or left

@@ -19,7 +19,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from med3d_nets import DomainSampler, load_backbone, read_manifest, sampling_weights, split_domains
+from med3d_nets import DomainSampler, InputError, caching, load_backbone, read_manifest, sampling_weights, split_domains
 from med3d_nets.domain_data import SeededDataset
 from med3d_nets.resnet import Med3DResNet
 from tests.small_domains import BUNDLE, METADATA, ROOT, config, make_case, small, write_manifest
@@ -58,7 +58,10 @@ def test_training_writes_all_that_inference_needs(trained: Path) -> None:
         "values": [[1], [2]],
         "background": [],
         "ignore": [],
+        "clip_percentiles": [0.5, 99.5],
+        "split": records["boxes"]["split"],
     }
+    assert len(records["boxes"]["split"]) == 16
     assert (trained / "model.pt").is_file() and (trained / "checkpoints" / "checkpoint_epoch=4.pt").is_file()
 
 
@@ -100,11 +103,15 @@ def test_resuming_equals_not_stopping(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_resuming_with_other_domains_is_refused(data: Path, trained: Path) -> None:
-    options = small(dataset_dir=str(data), output_dir=str(trained), max_epochs=6, leave_out="balls", resume=True)
+@pytest.mark.parametrize(
+    "change",
+    [{"leave_out": "balls"}, {"clip_percentiles": [1.0, 99.0]}, {"val_fraction": 0.5}],  # the last: other patients
+)
+def test_resuming_with_another_start_is_refused(data: Path, trained: Path, change: dict[str, Any]) -> None:
+    options = small(dataset_dir=str(data), output_dir=str(trained), max_epochs=6, resume=True)
     with pytest.raises(Exception) as told:
-        run("train", **options)
-    assert "other domains, classes or spacings" in repr(told.getrepr(chain=True))
+        run("train", **{**options, **change})
+    assert "other domains, classes, spacings, clip_percentiles or patients" in repr(told.getrepr(chain=True))
 
 
 def test_faults_end_a_training_before_it_starts(data: Path, tmp_path: Path) -> None:
@@ -174,6 +181,9 @@ def test_temperature(data: Path) -> None:
     assert sampling_weights(cases, domains, 1.0)["balls"] == pytest.approx(100 / 104)
     assert sampling_weights(cases, domains, 2.0)["balls"] == pytest.approx(10 / 12)
     assert sampling_weights(cases, domains, math.inf)["balls"] == pytest.approx(0.5)
+    assert sampling_weights(cases, domains, "inf")["balls"] == pytest.approx(0.5)  # as a command line gives it
+    with pytest.raises(InputError, match="temperature=0: allowed is above 0"):
+        sampling_weights(cases, domains, 0)
     sampler = DomainSampler([{**case, "weight": 1} for case in cases], sampling_weights(cases, domains, 2.0), 1, 4000)
     torch.manual_seed(0)
     drawn = Counter(cases[index]["domain"] for [(index, _)] in sampler)
@@ -198,6 +208,25 @@ def test_a_patch_depends_on_its_seed_alone(data: Path, tmp_path: Path) -> None:
     again, other = dataset[0, 5], dataset[0, 7]
     assert torch.equal(first["image"], again["image"]) and torch.equal(first["label"], again["label"])
     assert not torch.equal(first["image"], other["image"])
+
+
+def test_volumes_kept_in_files_are_those_of_the_memory(data: Path, tmp_path: Path) -> None:
+    options = {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    in_memory: SeededDataset = settings_of(data, output_dir=str(tmp_path)).get_parsed_content("train#dataset")
+    expected = in_memory[0, 5]
+    for _ in range(2):  # made, then read
+        found = settings_of(data, **options).get_parsed_content("train#dataset")[0, 5]
+        assert all(torch.equal(found[key], expected[key]) for key in ("image", "label"))
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+    settings_of(data, **options, clip_percentiles=[1.0, 99.0]).get_parsed_content("train#dataset")[0, 5]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_volumes_that_do_not_fit_into_memory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "free_memory", lambda _: 1e4)
+    with pytest.raises(Exception) as told:
+        settings_of(data, output_dir=str(tmp_path)).get_parsed_content("train#dataset")
+    assert "Keep them in files (--cache_dir FOLDER" in repr(told.getrepr(chain=True))
 
 
 def infer(weights: Path, scan: Path, out: Path, domain: str) -> ConfigWorkflow:

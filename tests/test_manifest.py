@@ -108,8 +108,14 @@ def test_a_domain_is_left_out(data: Path) -> None:
         ([{"name": "boxes", "clases": {}}], "domain boxes: unknown keys clases; allowed are"),
         ([{"name": "a.b"}], "domain 'a.b': a name starts with a letter"),
         ([{"name": "balls", "weight": 0}], "weight=0; needed is a number above 0"),
-        ([{"name": "balls", "hold_out": ["case9"]}], "'case9'.* are not in the data"),
-        ([{"name": "balls", "hold_out": "many"}], "hold_out='many'"),
+        ([{"name": "train"}], "domain 'train': torch keeps this name for itself"),
+        ([{"name": "balls", "hold_out": ["case9"]}], r"domain balls: hold_out \['case9'\] are not in the data"),
+        (
+            [{"name": "balls", "hold_out": [f"case{i}" for i in range(4)]}],
+            r"domain balls: hold_out=.* leaves no patient",
+        ),
+        ([{"name": "balls", "hold_out": "many"}], "domain balls: hold_out='many'"),
+        ([{"name": "balls", "hold_out": 1}], "domain balls: hold_out=1; needed is a share, 0 to below 1"),
         ([{"name": "balls", "same_patient": [["case0", "case9"]]}], "same_patient: case9 is no case"),
         ([{"name": "balls", "same_patient": [["case0", "case1"], ["case1"]]}], "same_patient: case1 comes 2 times"),
         ([{"name": "balls", "same_patient": ["case0"]}], "needed are lists of cases"),
@@ -132,6 +138,31 @@ def test_a_domain_of_one_case(data: Path) -> None:
     edit(index, training=json.loads(index.read_text())["training"][:1])
     with pytest.raises(InputError, match=r"domain balls: .*balls has one case; at least 2 are needed"):
         read_manifest(data / "manifest.json")
+
+
+def test_a_folder_of_lits(data: Path) -> None:
+    """It has no ``dataset.json``, so that the manifest tells the classes."""
+    for kind, folder in (("volume", "imagesTr"), ("segmentation", "labelsTr")):
+        for number in (0, 1):
+            source = data / "balls" / folder / f"case{number}.nii.gz"
+            (data / "lits").mkdir(exist_ok=True)
+            shutil.copy(source, data / "lits" / f"{kind}-{number}.nii.gz")
+    [domain] = read_manifest(write_manifest(data, {"name": "lits", "classes": {"ball": 1}}))
+    assert len(domain.cases) == 2 and domain.modality == "unknown"
+    with pytest.raises(InputError, match="domain lits: no class, neither in the manifest nor"):
+        read_manifest(write_manifest(data, {"name": "lits"}))
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "ball": 1}, ["background", "ball"]])
+def test_labels_of_another_layout(data: Path, labels: Any) -> None:
+    edit(data / "balls" / "dataset.json", labels=labels)
+    with pytest.raises(InputError, match=r"domain balls: .*dataset.json: labels are .* needed are names by value"):
+        read_manifest(data / "manifest.json")
+
+
+def test_modality_as_text(data: Path) -> None:
+    edit(data / "balls" / "dataset.json", modality="CT")
+    assert {domain.name: domain.modality for domain in read_manifest(data / "manifest.json")}["balls"] == "CT"
 
 
 def test_no_manifest_and_a_broken_one(tmp_path: Path) -> None:

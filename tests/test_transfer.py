@@ -162,10 +162,10 @@ def test_budgets_are_not_mixed(data: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def write_rows(path: Path) -> str:
-    columns = ["target", "arm", "mode", "fraction", "seed", "metric", "score", "epochs_to_95"]
+    columns = ["target", "arm", "mode", "fraction", "seed", "metric", "score", "epochs_to_95", "surface_dice"]
     scores = {"scratch": (0.50, 0.52, 0.54), "med3d_real8": (0.60, 0.63, 0.66)}
     rows = [
-        ["boxes", arm, "full", "0.1", seed, "dice", score, 10 if arm == "scratch" else 4]
+        ["boxes", arm, "full", "0.1", seed, "dice", score, 10 if arm == "scratch" else 4, score + 0.1]
         for arm, values in scores.items()
         for seed, score in enumerate(values)
     ]
@@ -176,9 +176,10 @@ def write_rows(path: Path) -> str:
 
 def test_table(tmp_path: Path) -> None:
     lines = transfer_report.table(write_rows(tmp_path / "a.csv")).splitlines()
-    assert lines[2] == "| boxes | 10% | scratch | 3 | dice 0.520 |  | 10.0 |"
+    assert lines[2] == "| boxes | 10% | scratch | 3 | dice 0.520 |  | 0.620 |  | 10.0 |"
     # gains 0.10, 0.11, 0.12: mean 0.11, half the interval 4.303 * 0.01 / sqrt(3)
-    assert lines[3] == "| boxes | 10% | med3d_real8, full | 3 | dice 0.630 | +0.110 (+0.085 to +0.135) | 4.0 |"
+    gain = "+0.110 (+0.085 to +0.135)"
+    assert lines[3] == f"| boxes | 10% | med3d_real8, full | 3 | dice 0.630 | {gain} | 0.730 | {gain} | 4.0 |"
 
 
 def test_summary(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
-from med3d_nets.tables import csv_text
+from med3d_nets.tables import Row, csv_text, read_rows
 from tools.bundle_run import ROOT
 
 CHAIN_CSV = ROOT / "docs" / "results" / "speed.csv"
@@ -36,7 +35,7 @@ def table(path: str = str(CHAIN_CSV)) -> str:
     Raises:
         InputError: there is no such file.
     """
-    rows = read_rows(path)
+    rows = _rows(path, ("way", "shape", "bytes", "dice_float32", *PARTS))
     stock = next(row for row in rows if row["way"] == "stock")
     lines = [
         f"| {rows[0]['shape'].replace('x', ' x ')} | {' | '.join(PARTS)} | faster | peak memory | Dice with float32 |",
@@ -60,7 +59,7 @@ def growth_plot(path: str = str(GROWTH_CSV), to: str = str(GROWTH_CSV.with_suffi
     Raises:
         InputError: there is no such file.
     """
-    rows = read_rows(path)
+    rows = _rows(path, ("axis", "voxels", "classes", "depth", "seconds", "bytes"))
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     panels = figure.subplots(2, 3)
     for column, axis in enumerate(("voxels", "classes", "depth")):
@@ -82,13 +81,7 @@ def write_rows(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
         hidden.write_text(csv_text(list(rows[0]), lines), encoding="utf-8")
 
 
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV file.
-
-    Raises:
-        InputError: there is no such file.
-    """
+def _rows(path: str | Path, needed: Sequence[str]) -> list[Row]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no results yet. Run python -m tools.benchmark chain (or growth).")
-    with open(path, encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_rows(Path(path), needed)

@@ -10,7 +10,6 @@ the joint training spends on it, with the same settings and learning-rate schedu
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ import fire
 from med3d_nets import read_manifest, sampling_weights, split_domains
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
-from med3d_nets.tables import csv_text
+from med3d_nets.tables import csv_text, read_rows
 from tools.bundle_run import ROOT, commit, run_bundle
 
 BUNDLE = ROOT / "bundles" / "med3d_multidomain_segmentation_resnet10"
@@ -97,9 +96,11 @@ def table(path: str = str(CSV)) -> str:
 
     Returns:
         One row per domain: mean Dice over cases and classes, jointly trained and alone.
+
+    Raises:
+        InputError: there is no such file, or it lacks a column.
     """
-    with open(path, encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(Path(path), ("run", "domain", "cases", "dice", "surface_dice", "batches"))
     lines = ["| domain | held-out cases | batches | Dice, joint | Dice, alone | surface Dice, joint | alone |"]
     lines.append("|" + "---|" * 7)
     for domain in dict.fromkeys(row["domain"] for row in rows):

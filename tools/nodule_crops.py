@@ -6,7 +6,6 @@ measured, unless it is magnified to a mass. Where its mask ends, the host shows 
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from scipy import ndimage
 
 from med3d_nets import read_datalist, split_by_patient
 from med3d_nets.errors import InputError
+from med3d_nets.tables import read_rows
 
 MANIFEST = Path(__file__).parent / "manifests" / "real8.json"
 FADE_MM = 2.5
@@ -72,8 +72,8 @@ def read_crops(data: str | Path) -> tuple[list[Crop], list[Crop]]:
     table = folder / "metadata.csv"
     if not table.is_file():
         raise InputError(f"{table} not found. Give the folder that has nodule_ct with its metadata.csv.")
-    with table.open(encoding="utf-8") as stream:
-        sizes = {f"{r['patient_id']}_R_{r['nodule_id']}": float(r["diameter_mm"]) for r in csv.DictReader(stream)}
+    rows = read_rows(table, ("patient_id", "nodule_id", "diameter_mm"))
+    sizes = {f"{row['patient_id']}_R_{row['nodule_id']}": float(row["diameter_mm"]) for row in rows}
     domains = json.loads(MANIFEST.read_text(encoding="utf-8"))["domains"]
     domain = next(one for one in domains if one["name"] == "nodule_ct")
     cases = [one for one in read_datalist(folder, "training", domain["patient_pattern"]) if one["case"] in sizes]

@@ -14,7 +14,6 @@ there already is kept.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
-from med3d_nets.tables import csv_text
+from med3d_nets.tables import csv_text, read_rows
 from tools.lung_data import _canonical, _classical_with_mass, read_boxes
 from tools.lung_labels import label_lungs
 from tools.nodule_crops import Crop, insert, read_crops, read_nodule
@@ -92,8 +91,7 @@ def look(folder: str, png: str) -> None:
     """Draw each nodule of a folder to PNG: three planes through its middle, the diameter as a circle."""
     pictures = Path(png)
     pictures.mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / "annotations.csv").open(encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_rows(Path(folder) / "annotations.csv", ("seriesuid",))
     for name in sorted({row["seriesuid"] for row in rows}):
         scan: Any = nib.load(Path(folder) / f"{name}.nii.gz")
         own = [row for row in rows if row["seriesuid"] == name]

@@ -14,7 +14,6 @@ CSV is not run again.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import statistics
@@ -31,7 +30,7 @@ import fire
 from med3d_nets import read_manifest
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
-from med3d_nets.tables import csv_text
+from med3d_nets.tables import Row, csv_text, read_rows
 from tools import transfer_report
 from tools.bundle_run import commit, machine
 from tools.cotraining import BATCHES, EPOCHS, MANIFEST, PATCH, pretrain
@@ -159,12 +158,9 @@ def _each(jobs: int, work: Callable[[Item], Result], items: Sequence[Item]) -> d
             raise
 
 
-def read(path: str | Path) -> list[dict[str, str]]:
-    """Rows of the CSV; none where it is not there yet."""
-    if not Path(path).is_file():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def read(path: str | Path) -> list[Row]:
+    """Rows of a CSV of this benchmark; none where it is not there yet."""
+    return read_rows(Path(path), ("target", "arm", "mode", "budget", "seed")) if Path(path).is_file() else []
 
 
 def _plan(
@@ -181,7 +177,7 @@ def _plan(
             yield Run(target, arm, mode, float(fraction), seed)
 
 
-def _not_done(plan: Sequence[Run], rows: Sequence[dict[str, str]], limits: Budget, path: str) -> list[Run]:
+def _not_done(plan: Sequence[Run], rows: Sequence[Row], limits: Budget, path: str) -> list[Run]:
     """What the CSV lacks; rows of a target are compared with each other, so that all must have one budget."""
     other = {row["budget"] for row in rows if row["target"] in {one.target for one in plan}} - {str(limits)}
     if other:

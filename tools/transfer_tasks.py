@@ -6,7 +6,6 @@ rest, patient by patient.
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import shutil
@@ -23,6 +22,7 @@ from med3d_nets.class_scores import resampled
 from med3d_nets.errors import InputError
 from med3d_nets.files import replacing
 from med3d_nets.manifest import Domain
+from med3d_nets.tables import read_rows
 from tools.bundle_run import ROOT, run_bundle
 
 SEGMENTATION = ROOT / "bundles" / "med3d_multidomain_segmentation_resnet10"
@@ -254,8 +254,8 @@ class Malignancy(Task):
         return "auc", auc["value"], *auc["ci95"], ""
 
     def _diagnoses(self) -> dict[str, str]:
-        with open(self.source.folder / "metadata.csv", encoding="utf-8") as file:
-            return {f"{row['patient_id']}_R_{row['nodule_id']}": row["Diagnosis"] for row in csv.DictReader(file)}
+        rows = read_rows(self.source.folder / "metadata.csv", ("patient_id", "nodule_id", "Diagnosis"))
+        return {f"{row['patient_id']}_R_{row['nodule_id']}": row["Diagnosis"] for row in rows}
 
 
 def task_of(target: str, domains: Sequence[Domain], out: Path, budget: Budget) -> Task:
