@@ -109,7 +109,7 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
         assert row["train_cases"] == "4" and row["epochs_to_95"] in ("1", "2")
     runs = tmp_path / "out" / "runs" / "2_epochs_of_2_batches_of_2"
     weights = [
-        torch.load(runs / f"boxes-med3d_real8-{mode}-0.5-0" / "model_last.pt", weights_only=True)
+        torch.load(runs / f"boxes-med3d_real8_{tmp_path.name}-{mode}-0.5-0" / "model_last.pt", weights_only=True)
         for mode in ("full", "frozen")
     ]
     start = torch.load(tmp_path / "encoder.pt", weights_only=True)["state_dict"]["layer4.0.conv1.weight"]
@@ -159,6 +159,36 @@ def test_budgets_are_not_mixed(data: Path, tmp_path: Path, monkeypatch: pytest.M
     where: dict[str, Any] = {"data": str(data), "out": str(tmp_path), "manifest": str(data / "manifest.json")}
     with pytest.raises(InputError, match="20 epochs of 25 batches of 4, now 20 epochs of 25 batches of 2 is asked for"):
         transfer.run(**where, to=str(rows), targets="boxes", batch_size=2)
+
+
+def test_budgets_tell_what_is_not_usual() -> None:
+    assert str(Budget(4, 3, 2)) == "4 epochs of 3 batches of 2"
+    assert str(Budget(4, 3, 2, val_fraction=0.05)) == "4 epochs of 3 batches of 2, val_fraction 0.05"
+
+
+def test_encoders_are_not_mixed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "pretrain", lambda *_, **__: pytest.fail("nothing is trained"))
+    head = "target,arm,mode,fraction,seed,budget,pretraining\n"
+    row = 'boxes,med3d_real8,full,1,7,20 epochs of 25 batches of 4,"9 batches of patches of 48 voxels, without_boxes"\n'
+    (tmp_path / "rows.csv").write_text(head + row)
+    where: dict[str, Any] = {"data": str(data), "out": str(tmp_path), "manifest": str(data / "manifest.json")}
+    with pytest.raises(
+        InputError, match="of boxes from an encoder of 9 batches .* now one of 8 batches of patches of 48"
+    ):
+        transfer.run(
+            **where,
+            to=str(tmp_path / "rows.csv"),
+            targets="boxes",
+            pretrain_epochs=2,
+            pretrain_batches=4,
+            pretrain_patch=48,
+        )
+
+
+def test_encoders_of_one_file_name_have_folders_of_their_own() -> None:
+    names = {transfer.Run("boxes", arm, "full", 0.1, 0).name(arm) for arm in ("a/model.pt", "b/model.pt")}
+    names |= {transfer.Run("boxes", "med3d_real8", "full", 0.1, 0).name(f"out/{run}/model_last.pt") for run in "cd"}
+    assert len(names) == 4 and not any("/" in name for name in names)
 
 
 def write_rows(path: Path) -> str:

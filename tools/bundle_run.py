@@ -15,6 +15,7 @@ import torch
 from med3d_nets.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+_LOG_LINES = 25  # enough for all faults of a domain
 
 
 def run_bundle(bundle: Path, config: str, folder: Path, options: dict[str, Any]) -> None:
@@ -27,7 +28,7 @@ def run_bundle(bundle: Path, config: str, folder: Path, options: dict[str, Any])
         options: keys of the config.
 
     Raises:
-        InputError: the run failed; names the log.
+        InputError: the run failed; names the log and tells how it ends.
     """
     files = {"config_file": bundle / "configs" / f"{config}.json", "logging_file": bundle / "configs" / "logging.conf"}
     options = {**files, "bundle_root": bundle, "output_dir": folder, **options}
@@ -38,7 +39,8 @@ def run_bundle(bundle: Path, config: str, folder: Path, options: dict[str, Any])
     with open(log, "a", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
-        raise InputError(f"{folder}: the {config} run failed; its log is {log}.")
+        end = "\n".join(Path(log).read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:])
+        raise InputError(f"{folder}: the {config} run failed. The end of its log, {log}:\n{end}")
 
 
 def commit() -> str:

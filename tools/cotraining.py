@@ -143,9 +143,14 @@ def pretrain(
     Raises:
         InputError: a faulty manifest, a run that was begun with another budget, or a training that failed.
     """
-    folder = Path(out) / (f"without_{leave_out.replace(',', '_')}" if leave_out else "joint")
+    folder = Path(out) / run_name(leave_out)
     _train(folder, data, manifest, epochs, batches_per_epoch=batches, leave_out=leave_out, patch_size=[patch] * 3)
     return str(folder / "model_last.pt")
+
+
+def run_name(leave_out: str = "") -> str:
+    """Name of the folder of a joint training without some domains."""
+    return f"without_{leave_out.replace(',', '_')}" if leave_out else "joint"
 
 
 def _train(folder: Path, data: str, manifest: str, epochs: int, **options: Any) -> None:

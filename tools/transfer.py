@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +28,14 @@ from typing import Any, TypeVar
 
 import fire
 
-from med3d_nets import read_manifest
+from med3d_nets import fingerprints, read_manifest
 from med3d_nets.errors import InputError, clear_errors
 from med3d_nets.files import replacing
 from med3d_nets.tables import Row, csv_text, read_rows
 from tools import transfer_report
 from tools.bundle_run import commit, machine
-from tools.cotraining import BATCHES, EPOCHS, MANIFEST, PATCH, pretrain
-from tools.transfer_tasks import Budget, Outcome, Task, task_of
+from tools.cotraining import BATCHES, EPOCHS, MANIFEST, PATCH, pretrain, run_name
+from tools.transfer_tasks import MALIGNANCY, Budget, Outcome, Task, task_of
 
 CSV = transfer_report.CSV
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -44,6 +45,7 @@ TUNED_AT, TUNING_SEED = 0.1, 1000  # fraction of the data, and the first of the 
 OWN = transfer_report.OWN
 
 Setting = tuple[str, str, str]  # target, arm and mode
+TUNED_BY = ("target", "arm", "mode", "budget", "pretraining")  # what a learning rate is searched for
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
 _WRITING = Lock()
@@ -64,10 +66,9 @@ class Run:
         """What has one learning rate."""
         return self.target, self.arm, self.mode
 
-    @property
-    def name(self) -> str:
+    def name(self, encoder: str) -> str:
         """Name of its folder."""
-        return f"{self.target}-{Path(self.arm).stem}-{self.mode}-{self.fraction:g}-{self.seed}"
+        return f"{self.target}-{_start(self.arm, encoder)}-{self.mode}-{self.fraction:g}-{self.seed}"
 
 
 def run(
@@ -112,7 +113,8 @@ def run(
         budget: fields of ``Budget``, the same for all arms.
 
     Raises:
-        InputError: an unknown target, mode or arm, rows of the target with another budget, or a training that failed.
+        InputError: an unknown target, mode or arm, rows of the target with another budget or from another encoder of
+            this project, or a training that failed.
     """
     plan = list(_plan(_listed(targets), _listed(arms), _listed(modes), _listed(fractions), seeds))
     limits, folder = Budget(**budget), Path(out)
@@ -120,6 +122,8 @@ def run(
     further = read_manifest(target_manifest, data) if target_manifest else []
     tasks = {name: task_of(name, [*domains, *further], folder, limits) for name in {one.target for one in plan}}
     wanted = _not_done(plan, read(to), limits, to)
+    to_check = [tasks[name].source for name in {one.target for one in wanted} - {MALIGNANCY}]
+    fingerprints(to_check, folder / "fingerprints", quiet=True)  # a fault is told before hours of pre-training
     own = {one.target for one in wanted if one.arm == OWN}
     seen = {domain.name for domain in domains}
     unseen = {name: ",".join(sorted({tasks[name].domain} & seen | {*_listed(leave_out)})) for name in own}
@@ -128,6 +132,8 @@ def run(
         budget_of_it = {"epochs": pretrain_epochs, "batches": pretrain_batches, "patch": pretrain_patch}
         return pretrain(data, out, manifest, leave_out=names, **budget_of_it)
 
+    batches = pretrain_epochs * pretrain_batches
+    _check_encoders(read(to), {name: _told(batches, pretrain_patch, run_name(unseen[name])) for name in own}, to)
     made = _each(jobs, pretrained, sorted(set(unseen.values())))
 
     def encoder(one: Run) -> str:
@@ -138,10 +144,11 @@ def run(
 
     def train(one: Run) -> None:
         rate, task = rates[one.setting], tasks[one.target]
-        print(f"{one.name}: learning rate {rate:g}", flush=True)
-        outcome = task.train_and_score(one.name, encoder(one), MODES[one.mode], one.fraction, one.seed, rate)
+        name = one.name(encoder(one))
+        print(f"{name}: learning rate {rate:g}", flush=True)
+        outcome = task.train_and_score(name, encoder(one), MODES[one.mode], one.fraction, one.seed, rate)
         _append(to, {**vars(one), **_row(outcome, rate, limits, encoder(one))})
-        task.tidy(one.name)
+        task.tidy(name)
 
     _each(jobs, train, wanted)
     print(transfer_report.table(to))
@@ -189,6 +196,17 @@ def _not_done(plan: Sequence[Run], rows: Sequence[Row], limits: Budget, path: st
     return [one for one in plan if _key(vars(one)) not in done]
 
 
+def _check_encoders(rows: Sequence[Row], expected: dict[str, str], path: str) -> None:
+    """Rows of a target from the project's own encoder are averaged, so that all must be from the same one."""
+    for target, encoder in expected.items():
+        other = {row["pretraining"] for row in rows if (row["target"], row["arm"]) == (target, OWN)} - {encoder}
+        if other:
+            raise InputError(
+                f"{path}: has rows of {target} from an encoder of {' and '.join(sorted(other))}, now one of {encoder} "
+                "is asked for, and they would be averaged. Give another file (--to) or delete those rows."
+            )
+
+
 def _tuned_rates(
     settings: dict[Setting, tuple[Run, Task, str]], out: Path, seeds: int, jobs: int
 ) -> dict[Setting, float]:
@@ -200,17 +218,17 @@ def _tuned_rates(
     path, draws = out / "tuning.csv", range(TUNING_SEED, TUNING_SEED + seeds)
     scores = {
         (setting, float(row["learning_rate"]), int(row["seed"])): float(row["validation"])
-        for setting, (_, task, _) in settings.items()
+        for setting, (_, task, encoder) in settings.items()
         for row in read(path)
-        if (row["target"], row["arm"], row["mode"], row["budget"]) == (*setting, str(task.budget))
+        if tuple(row.get(name) for name in TUNED_BY) == (*setting, str(task.budget), _pretraining(encoder))
     }
 
     def train(key: tuple[Setting, float, int]) -> None:
         setting, rate, seed = key
         one, task, encoder = settings[setting]
-        name = f"tuning-{one.target}-{Path(one.arm).stem}-{one.mode}-{rate:g}-{seed}"
+        name = f"tuning-{one.target}-{_start(one.arm, encoder)}-{one.mode}-{rate:g}-{seed}"
         scores[key] = task.train(name, encoder, MODES[one.mode], TUNED_AT, seed, rate)
-        known = {"target": one.target, "arm": one.arm, "mode": one.mode, "budget": str(task.budget)}
+        known = dict(zip(TUNED_BY, (*setting, str(task.budget), _pretraining(encoder)), strict=True))
         _append(path, {**known, "learning_rate": rate, "seed": seed, "validation": scores[key]})
         task.tidy(name)
 
@@ -229,13 +247,26 @@ def _tuned_rates(
 
 
 def _row(outcome: Outcome, rate: float, limits: Budget, encoder: str) -> dict[str, Any]:
-    made = Path(encoder).parent / "made.json"
-    pretraining = Path(encoder).name
-    if encoder and made.is_file():
-        own = json.loads(made.read_text())
-        pretraining = f"{own['batches']} batches of patches of {own['patch_size'][0]} voxels, {made.parent.name}"
-    more = {"learning_rate": rate, "budget": str(limits), "pretraining": pretraining}
+    more = {"learning_rate": rate, "budget": str(limits), "pretraining": _pretraining(encoder)}
     return {**vars(outcome), **more, "commit": commit(), "machine": machine()}
+
+
+def _pretraining(encoder: str) -> str:
+    """What the CSV says of an encoder: the budget of one of this benchmark, else the file."""
+    made = Path(encoder).parent / "made.json"
+    if not encoder or not made.is_file():
+        return Path(encoder).name
+    own = json.loads(made.read_text())
+    return _told(own["batches"], own["patch_size"][0], made.parent.name)
+
+
+def _told(batches: int, patch: int, folder: str) -> str:
+    return f"{batches} batches of patches of {patch} voxels, {folder}"
+
+
+def _start(arm: str, encoder: str) -> str:
+    """Part of a folder's name: the arm, of the project's own encoders also which domains they have not seen."""
+    return re.sub(r"[^\w.]+", "_", f"{arm}_{Path(encoder).parent.name}" if arm == OWN else arm)
 
 
 def _append(path: str | Path, row: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def table(path: str = str(CSV)) -> str:
             {(row["arm"], row["mode"]) for row in here}, key=lambda key: (key[0] != "scratch", key)
         ):
             own = [row for row in here if (row["arm"], row["mode"]) == (arm, mode)]
-            name = f"{Path(arm).stem}, {mode}" if arm != "scratch" else "scratch"
+            name = _name(arm, mode)
             cells = [target, f"{fraction:.0%}", name, str(len(own)), f"{own[0]['metric']} {_mean(own, 'score'):.3f}"]
             cells += [_gain(own, scratch) if arm != "scratch" else "", *_surface(own, scratch)]
             lines.append(_line([*cells, f"{_mean(own, 'epochs_to_95'):.1f}"]))
@@ -107,7 +107,7 @@ def plot(path: str = str(CSV), folder: str = str(CSV.parent)) -> None:
         left, right = figure.subplots(1, 2)
         for arm, mode in sorted({(row["arm"], row["mode"]) for row in here}):
             own = [row for row in here if (row["arm"], row["mode"]) == (arm, mode)]
-            name = "scratch" if arm == "scratch" else f"{Path(arm).stem}, {mode}"
+            name = _name(arm, mode)
             for axes, column in ((left, "score"), (right, "epochs_to_95")):
                 shares = sorted({float(row["fraction"]) for row in own})
                 means = [_mean([row for row in own if float(row["fraction"]) == share], column) for share in shares]
@@ -126,6 +126,10 @@ def _rows(path: str) -> list[Row]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no results yet. Run python -m tools.transfer run.")
     return read_rows(Path(path), NEEDED)
+
+
+def _name(arm: str, mode: str) -> str:
+    return arm if arm == "scratch" else f"{arm}, {mode}"
 
 
 def _line(cells: Sequence[str]) -> str:

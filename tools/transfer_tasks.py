@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -51,7 +52,10 @@ class Budget:
     val_fraction: float = 0.1
 
     def __str__(self) -> str:
-        return f"{self.epochs} epochs of {self.batches} batches of {self.batch_size}"
+        """All of it; ``norm_batches`` and ``val_fraction`` where they are not the usual ones."""
+        rest = {name: getattr(self, name) for name in ("norm_batches", "val_fraction")}
+        other = [f", {name} {value:g}" for name, value in rest.items() if value != getattr(Budget, name)]
+        return f"{self.epochs} epochs of {self.batches} batches of {self.batch_size}{''.join(other)}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Task(ABC):
         self.domain = domain.name
         self.source = domain
         self.out = out
-        self.runs = out / "runs" / str(budget).replace(" ", "_")
+        self.runs = out / "runs" / re.sub(r"\W+", "_", str(budget))
         self.budget = budget
         held_out = sorted({case["patient"] for case in domain.held_out_cases()})
         if not held_out:
