@@ -126,8 +126,9 @@ def test_faults_end_a_training_before_it_starts(data: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_two_processes_train_as_one_that_accumulates(data: Path, tmp_path: Path) -> None:
     options = {**small(dataset_dir=str(data), norm_batches=0, freeze_norm_after=0, val_fraction=0.0), "dropout": 0.0}
-    # AdamW turns the rounding of a gradient that is nearly zero into a whole step; what SGD does is as large as it is
-    options |= {"optimizer#_target_": "torch.optim.SGD", "learning_rate": 0.01}
+    # in double precision: that of float32 is rounded to 1 % of so short a way, more on some processors
+    options |= {"initialised": "$med3d_nets.initialise(@network_def, @backbone_file, @initial_weights).double()"}
+    options |= {"train#random_transforms#7#dtype": ["$torch.float64", "$torch.uint8"]}
     configs = ["train", "multi_gpu_train"]
     done = torchrun(tmp_path / "start", BUNDLE, configs, **{**options, "output_dir": str(tmp_path / "two")})
     assert done.returncode == 0, done.stdout
@@ -147,7 +148,7 @@ def test_two_processes_train_as_one_that_accumulates(data: Path, tmp_path: Path)
     moved = {key: float((one[key] - start[key]).norm()) for key in learnt}
     assert min(moved.values()) > 0
     apart = {key: float((two[key] - one[key]).norm()) / moved[key] for key in learnt}
-    assert max(apart.values()) <= 0.01, apart
+    assert max(apart.values()) <= 1e-9, apart
 
 
 def settings_of(data: Path, **options: Any) -> ConfigParser:

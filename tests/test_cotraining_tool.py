@@ -50,7 +50,9 @@ def test_a_failed_training_names_its_log(tmp_path: Path) -> None:
     write_manifest(tmp_path)
     label = tmp_path / "balls" / "labelsTr" / "case0.nii.gz"
     label.write_bytes(label.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"the train run failed[\s\S]*joint\.log:[\s\S]*case0\.nii\.gz: cannot be read"):
+    with pytest.raises(
+        InputError, match=r"the train run failed[\s\S]*joint\.log:[\s\S]*case0\.nii\.gz: cannot be read"
+    ):
         cotraining.train(str(tmp_path), str(tmp_path / "runs"), str(tmp_path / "manifest.json"))
     assert "case0.nii.gz: cannot be read" in (tmp_path / "runs" / "joint.log").read_text()
 

@@ -217,6 +217,7 @@ def test_summary(tmp_path: Path) -> None:
     assert lines[0] == "| target | from | 10% | gain at 10% (95 % interval) | epochs to 95 % |"
     assert lines[2] == "| boxes (dice) | scratch | 0.520 |  | 10.0 |"
     assert lines[3] == "| boxes (dice) | med3d_real8 | 0.630 | +0.110 (+0.085 to +0.135) | 4.0 |"
+    assert lines[5] == "| boxes (surface dice) | med3d_real8 | 0.730 | +0.110 (+0.085 to +0.135) | 4.0 |"
     other = transfer_report.summary(str(tmp_path / "a.csv"), at=0.5).splitlines()  # a share that was not run
     assert other[2] == "| boxes (dice) | scratch | 0.520 |  | – |"
 

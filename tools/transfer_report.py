@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -65,8 +66,8 @@ def summary(path: str = str(CSV), arm: str = OWN, at: float = 0.1) -> str:
         at: share for which difference and epochs are shown.
 
     Returns:
-        Two rows for each target: mean scores, with the number of seeds where it is below three, and the columns of
-        ``table`` for one share.
+        Two rows for each target and measure (a segmentation also has the surface Dice): means, with the number of seeds
+        where it is below three, and the columns of ``table`` for one share.
 
     Raises:
         InputError: there is no such file.
@@ -80,18 +81,19 @@ def summary(path: str = str(CSV), arm: str = OWN, at: float = 0.1) -> str:
     def runs(target: str, start: str, share: float) -> list[Row]:
         return [row for row in rows if (row["target"], row["arm"], float(row["fraction"])) == (target, start, share)]
 
-    for target, start in itertools.product(sorted({row["target"] for row in rows}), ("scratch", arm)):
+    measures = {(row["target"], row["metric"], "score") for row in rows}
+    measures |= {(row["target"], "surface dice", "surface_dice") for row in rows if row["surface_dice"]}
+    for (target, metric, column), start in itertools.product(sorted(measures), ("scratch", arm)):
         own, scratch = runs(target, start, at), runs(target, "scratch", at)
-        metric = next(row["metric"] for row in rows if row["target"] == target)
-        cells = [_score(runs(target, start, share)) for share in shares]
-        gain = _gain(own, scratch) if own and start != "scratch" else ""
+        cells = [_score(runs(target, start, share), column) for share in shares]
+        gain = _gain(own, scratch, column) if own and start != "scratch" else ""
         epochs = f"{_mean(own, 'epochs_to_95'):.1f}" if own else "–"
         lines.append(_line([f"{target} ({metric})", start, *cells, gain, epochs]))
     return "\n".join(lines)
 
 
 def plot(path: str = str(CSV), folder: str = str(CSV.parent)) -> None:
-    """Draw ``transfer_TARGET.png``: score and epochs to 95 % against the share of the data, mean and seeds.
+    """Draw ``transfer_TARGET.png``: scores and epochs to 95 % against the share of the data, mean and seeds.
 
     Args:
         path: CSV of ``transfer run``.
@@ -103,23 +105,29 @@ def plot(path: str = str(CSV), folder: str = str(CSV.parent)) -> None:
     rows = _rows(path)
     for target in sorted({row["target"] for row in rows}):
         here = [row for row in rows if row["target"] == target]
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        titles = {"score": f"{target}: {here[0]['metric']}, held-out patients", "epochs_to_95": "epochs to 95 %"}
+        if here[0]["surface_dice"]:
+            titles = {"score": titles["score"], "surface_dice": "surface dice at 1 mm", **titles}
+        figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
+        panels = dict(zip(titles, figure.subplots(1, len(titles)), strict=True))
         for arm, mode in sorted({(row["arm"], row["mode"]) for row in here}):
             own = [row for row in here if (row["arm"], row["mode"]) == (arm, mode)]
-            name = _name(arm, mode)
-            for axes, column in ((left, "score"), (right, "epochs_to_95")):
-                shares = sorted({float(row["fraction"]) for row in own})
-                means = [_mean([row for row in own if float(row["fraction"]) == share], column) for share in shares]
-                [line] = axes.plot(np.array(shares) * 100, means, marker="o", label=name)
-                points = [(float(row["fraction"]) * 100, float(row[column])) for row in own]
-                axes.plot(*zip(*points, strict=True), ".", color=line.get_color(), alpha=0.4)
-        for axes, title in ((left, f"{target}: {here[0]['metric']}, held-out patients"), (right, "epochs to 95 %")):
-            axes.set(xscale="log", xlabel="training patients, %", title=title)
+            for column, axes in panels.items():
+                _curve(axes, own, column, _name(arm, mode))
+        for column, axes in panels.items():
+            axes.set(xscale="log", xlabel="training patients, %", title=titles[column])
             axes.grid(alpha=0.3)
-        left.legend()
+        panels["score"].legend()
         with replacing(Path(folder) / f"transfer_{target}.png") as hidden:
             figure.savefig(hidden, dpi=110, format="png")
+
+
+def _curve(axes: Axes, rows: Sequence[Row], column: str, name: str) -> None:
+    shares = sorted({float(row["fraction"]) for row in rows})
+    means = [_mean([row for row in rows if float(row["fraction"]) == share], column) for share in shares]
+    [line] = axes.plot(np.array(shares) * 100, means, marker="o", label=name)
+    points = [(float(row["fraction"]) * 100, float(row[column])) for row in rows]
+    axes.plot(*zip(*points, strict=True), ".", color=line.get_color(), alpha=0.4)
 
 
 def _rows(path: str) -> list[Row]:
@@ -140,11 +148,11 @@ def _mean(rows: Sequence[Row], column: str) -> float:
     return statistics.fmean(float(row[column]) for row in rows)
 
 
-def _score(rows: Sequence[Row]) -> str:
+def _score(rows: Sequence[Row], column: str) -> str:
     if not rows:
         return "–"
     few = {1: " (1 seed)", 2: " (2 seeds)"}.get(len(rows), "")
-    return f"{_mean(rows, 'score'):.3f}{few}"
+    return f"{_mean(rows, column):.3f}{few}"
 
 
 def _surface(rows: Sequence[Row], scratch: Sequence[Row]) -> tuple[str, str]:
