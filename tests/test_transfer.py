@@ -109,7 +109,9 @@ def test_run_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: p
         assert row["train_cases"] == "4" and row["epochs_to_95"] in ("1", "2")
     runs = tmp_path / "out" / "runs" / "2_epochs_of_2_batches_of_2"
     weights = [
-        torch.load(runs / f"boxes-med3d_real8_{tmp_path.name}-{mode}-0.5-0" / "model_last.pt", weights_only=True)
+        torch.load(
+            runs / f"boxes-med3d_real8_{tmp_path.name}-{mode}-0.5-0-rate_0.001" / "model_last.pt", weights_only=True
+        )
         for mode in ("full", "frozen")
     ]
     start = torch.load(tmp_path / "encoder.pt", weights_only=True)["state_dict"]["layer4.0.conv1.weight"]
@@ -161,6 +163,21 @@ def test_budgets_are_not_mixed(data: Path, tmp_path: Path, monkeypatch: pytest.M
         transfer.run(**where, to=str(rows), targets="boxes", batch_size=2)
 
 
+def test_a_rate_that_is_given_is_not_searched(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def train_and_score(*arguments: Any) -> Any:
+        rates.append(arguments[-1])
+        raise InputError("enough")
+
+    monkeypatch.setattr(Task, "train", lambda *_: pytest.fail("no rate is searched"))
+    monkeypatch.setattr(Task, "train_and_score", train_and_score)
+    where: dict[str, Any] = {"data": str(data), "out": str(tmp_path), "manifest": str(data / "manifest.json")}
+    with pytest.raises(InputError, match="enough"):
+        transfer.run(**where, to=str(tmp_path / "a.csv"), targets="boxes", arms="scratch", rate=2e-3)
+    assert rates == [2e-3]
+
+
 def test_budgets_tell_what_is_not_usual() -> None:
     assert str(Budget(4, 3, 2)) == "4 epochs of 3 batches of 2"
     assert str(Budget(4, 3, 2, val_fraction=0.05)) == "4 epochs of 3 batches of 2, val_fraction 0.05"
@@ -186,8 +203,10 @@ def test_encoders_are_not_mixed(data: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_encoders_of_one_file_name_have_folders_of_their_own() -> None:
-    names = {transfer.Run("boxes", arm, "full", 0.1, 0).name(arm) for arm in ("a/model.pt", "b/model.pt")}
-    names |= {transfer.Run("boxes", "med3d_real8", "full", 0.1, 0).name(f"out/{run}/model_last.pt") for run in "cd"}
+    names = {transfer.Run("boxes", arm, "full", 0.1, 0).name(arm, 1e-3) for arm in ("a/model.pt", "b/model.pt")}
+    names |= {
+        transfer.Run("boxes", "med3d_real8", "full", 0.1, 0).name(f"out/{run}/model_last.pt", 1e-3) for run in "cd"
+    }
     assert len(names) == 4 and not any("/" in name for name in names)
 
 

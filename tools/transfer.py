@@ -66,9 +66,9 @@ class Run:
         """What has one learning rate."""
         return self.target, self.arm, self.mode
 
-    def name(self, encoder: str) -> str:
+    def name(self, encoder: str, rate: float) -> str:
         """Name of its folder."""
-        return f"{self.target}-{_start(self.arm, encoder)}-{self.mode}-{self.fraction:g}-{self.seed}"
+        return f"{self.target}-{_start(self.arm, encoder)}-{self.mode}-{self.fraction:g}-{self.seed}-rate_{rate:g}"
 
 
 def run(
@@ -80,6 +80,7 @@ def run(
     modes: str | Sequence[str] = ("full", "partial", "frozen"),
     seeds: int = 3,
     tuning_seeds: int = 3,
+    rate: float = 0.0,
     leave_out: str | Sequence[str] = (),
     pretrain_epochs: int = EPOCHS,
     pretrain_batches: int = BATCHES,
@@ -101,6 +102,7 @@ def run(
         modes: ``full``, ``partial`` (stem to layer2 are not trained), ``frozen``; scratch is trained in full alone.
         seeds: number of seeds; each draws its own part of the patients and its own network.
         tuning_seeds: trainings of each learning rate that is tried; one can win by chance (docs/co-training.md).
+        rate: one learning rate for all arms and modes, instead of the search.
         leave_out: domains that the project's own encoders do not see besides the target's, so that several targets
             can share one.
         pretrain_epochs: epochs of its pre-training.
@@ -140,14 +142,14 @@ def run(
         return {"scratch": "", OWN: made.get(unseen.get(one.target, ""), "")}.get(one.arm, one.arm)
 
     settings = {one.setting: (one, tasks[one.target], encoder(one)) for one in wanted}
-    rates = _tuned_rates(settings, folder, tuning_seeds, jobs)
+    rates = dict.fromkeys(settings, rate) if rate else _tuned_rates(settings, folder, tuning_seeds, jobs)
 
     def train(one: Run) -> None:
-        rate, task = rates[one.setting], tasks[one.target]
-        name = one.name(encoder(one))
-        print(f"{name}: learning rate {rate:g}", flush=True)
-        outcome = task.train_and_score(name, encoder(one), MODES[one.mode], one.fraction, one.seed, rate)
-        _append(to, {**vars(one), **_row(outcome, rate, limits, encoder(one))})
+        own_rate, task = rates[one.setting], tasks[one.target]
+        name = one.name(encoder(one), own_rate)
+        print(name, flush=True)
+        outcome = task.train_and_score(name, encoder(one), MODES[one.mode], one.fraction, one.seed, own_rate)
+        _append(to, {**vars(one), **_row(outcome, own_rate, limits, encoder(one))})
         task.tidy(name)
 
     _each(jobs, train, wanted)
