@@ -42,7 +42,7 @@ def cached_dataset(
     """
     if folder:
         return PersistentDataset(cases, transform, cache_dir=folder, hash_transform=pickle_hashing)
-    needed = memory_needed(cases, found) * float(rate) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = _memory_needed(cases, found) * float(rate) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = free_memory(torch.device("cpu"))
     if needed > free:
         raise InputError(
@@ -52,6 +52,6 @@ def cached_dataset(
     return CacheDataset(cases, transform, cache_rate=float(rate), num_workers=workers)
 
 
-def memory_needed(cases: Sequence[Case], found: Mapping[str, Fingerprint]) -> int:
+def _memory_needed(cases: Sequence[Case], found: Mapping[str, Fingerprint]) -> int:
     """Bytes of the prepared volumes, images and labels, from the median sizes of their domains."""
     return sum(_BYTES * math.prod(found[case["domain"]]["size_voxels"]) for case in cases)

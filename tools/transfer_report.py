@@ -20,7 +20,7 @@ from tools.bundle_run import ROOT
 
 CSV = ROOT / "docs" / "results" / "transfer.csv"
 OWN = "med3d_real8"  # the arm whose encoder this project trains, without the target's domain
-NEEDED = ("target", "arm", "mode", "fraction", "seed", "metric", "score", "epochs_to_95")
+_NEEDED = ("target", "arm", "mode", "fraction", "seed", "metric", "score", "epochs_to_95")
 
 
 def table(path: str = str(CSV)) -> str:
@@ -133,7 +133,7 @@ def _curve(axes: Axes, rows: Sequence[Row], column: str, name: str) -> None:
 def _rows(path: str) -> list[Row]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no results yet. Run python -m tools.transfer run.")
-    return read_rows(Path(path), NEEDED)
+    return read_rows(Path(path), _NEEDED)
 
 
 def _name(arm: str, mode: str) -> str:
